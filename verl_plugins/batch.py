@@ -1,0 +1,365 @@
+"""What a hook sees of the data: `Batch` on the driver, `Tokens` in the loss.
+
+Notation: B rows (responses; synthetic padding rows are never among them), T the longest response in the batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from verl_plugins.errors import DataError
+from verl_plugins.groups import Groups
+
+
+class Source(Protocol):
+    """Where a batch's fields come from: the queue in training, plain tensors in tests."""
+
+    keys: list[str]
+    """`<uid>_<session>_<turn>` of each row."""
+
+    def fetch(self, name: str) -> Any:
+        """Field `name`: a tensor [B,…] or a list [B]; KeyError when there is no such field."""
+
+
+class TensorSource:
+    """Fields held in memory."""
+
+    def __init__(self, keys: Sequence[str], fields: Mapping[str, Any]) -> None:
+        self.keys = list(keys)
+        self.fields = dict(fields)
+
+    def fetch(self, name: str) -> Any:
+        return self.fields[name]
+
+
+class Batch:
+    """The responses of one training step, padding rows left out; fields are fetched when first read.
+
+    Group statistics count each session once, by its last output; their results come back for every row.
+    """
+
+    def __init__(self, source: Source, *, tokenizer: Any = None, budget: int | None = None, full: Batch | None = None):
+        self._source = source
+        self._tokenizer = tokenizer
+        self._budget = budget
+        self._full = full
+        self._fields: dict[str, Any] = {}
+        self.written: dict[str, Tensor] = {}
+        """Fields put by plugins, still to be shipped by the bridge."""
+        self.dropped = torch.zeros(len(source.keys), dtype=torch.bool)
+        """[B] rows that `drop` removed."""
+
+    @classmethod
+    def from_tensors(cls, *, uid: Sequence[str], full: Batch | None = None, **fields: Any) -> Batch:
+        """A batch for tests and notebooks, from padded tensors and lists named like the queue's fields.
+
+        Needs `response_mask` [B,T] and `rm_scores` [B,T]; `session` and `turn` default to one output per session.
+        """
+        sessions = torch.as_tensor(fields.pop("session", range(len(uid))))
+        turns = torch.as_tensor(fields.pop("turn", [0] * len(uid)))
+        keys = [f"{u}_{s}_{t}" for u, s, t in zip(uid, sessions.tolist(), turns.tolist(), strict=True)]
+        tokenizer, budget = fields.pop("tokenizer", None), fields.pop("budget", None)
+        batch = cls(TensorSource(keys, fields), tokenizer=tokenizer, budget=budget, full=full)
+        batch.uid, batch.session, batch.turn = np.asarray(uid, dtype=object), sessions, turns
+        return batch
+
+    def __len__(self) -> int:
+        return len(self._source.keys)
+
+    # Identity
+
+    @property
+    def keys(self) -> list[str]:
+        """[B] unique row keys, `<uid>_<session>_<turn>`."""
+        return self._source.keys
+
+    @cached_property
+    def uid(self) -> np.ndarray:
+        """[B] the draw each row belongs to; new at every draw of a prompt."""
+        return np.array([key.rsplit("_", 2)[0] for key in self.keys], dtype=object)
+
+    @cached_property
+    def session(self) -> Tensor:
+        """[B] int64 session number within the group."""
+        return torch.tensor([int(key.rsplit("_", 2)[1]) for key in self.keys])
+
+    @cached_property
+    def turn(self) -> Tensor:
+        """[B] int64 output number within the session."""
+        return torch.tensor([int(key.rsplit("_", 1)[1]) for key in self.keys])
+
+    @cached_property
+    def prompt_id(self) -> Tensor:
+        """[B] int64 dataset row, stable over epochs (the bridge writes it into the uid)."""
+        try:
+            return torch.from_numpy(np.array([uid.split("-", 1)[0] for uid in self.uid]).astype(np.int64))
+        except ValueError:
+            raise DataError(f"field uid: {self.uid[0]!r} does not start with a prompt id, as in '17-3-0'") from None
+
+    @cached_property
+    def sessions(self) -> Groups:
+        """The sessions of the batch: the outputs of one response are a group here."""
+        return Groups([key.rsplit("_", 1)[0] for key in self.keys])
+
+    @cached_property
+    def is_last(self) -> Tensor:
+        """[B] bool: the last output of its session, the one whose verdict counts."""
+        return self.turn == self.sessions.max(self.turn)
+
+    @cached_property
+    def groups(self) -> Groups:
+        """The groups of the batch (rows with one uid), each session counted once."""
+        return Groups(self.uid, counted=self.is_last if self._several_outputs else None)
+
+    @cached_property
+    def _several_outputs(self) -> bool:
+        return bool((self.turn != 0).any())
+
+    # Fields
+
+    def _field(self, name: str) -> Any:
+        if name not in self._fields:
+            try:
+                self._fields[name] = self._source.fetch(name)
+            except KeyError:
+                raise DataError(f"field {name!r} is not in the batch; a plugin that reads it declares needs") from None
+        return self._fields[name]
+
+    @cached_property
+    def response_mask(self) -> Tensor:
+        """[B,T] bool: tokens the policy generated."""
+        return self._field("response_mask").bool()
+
+    @property
+    def rewards(self) -> Tensor:
+        """[B,T] token-level rewards, as shaped so far. Assign [B,T], or [B] to put a reward on the last token."""
+        self._row_sums  # noqa: B018  refuses rewards that are not finite
+        return self._field("rm_scores")
+
+    @rewards.setter
+    def rewards(self, values: Tensor) -> None:
+        self._keep_raw_scores()
+        if values.dim() == 1:
+            last = self.lengths.clamp(min=1) - 1
+            values = torch.zeros_like(self._field("rm_scores")).scatter_(1, last[:, None], values[:, None].float())
+        if values.shape != self.response_mask.shape:
+            raise DataError(f"rewards: shape {tuple(values.shape)}, expected {tuple(self.response_mask.shape)}")
+        self._fields["rm_scores"] = self.written["rm_scores"] = values.float()
+        self.__dict__.pop("_row_sums", None)
+
+    @cached_property
+    def _row_sums(self) -> Tensor:
+        # One pass: a sum is finite only if every term is.
+        sums = self._field("rm_scores").sum(-1)
+        if not bool(torch.isfinite(sums).all()):
+            row = int((~torch.isfinite(sums)).nonzero()[0])
+            raise DataError(f"field rm_scores: row {self.keys[row]} holds a reward that is not finite")
+        return sums
+
+    @property
+    def scores(self) -> Tensor:
+        """[B] outcome of each row's session: the sum of the rewards of its last output."""
+        if not self._several_outputs:
+            return self._row_sums
+        return self.sessions.sum(self._row_sums * self.is_last)
+
+    def _keep_raw_scores(self) -> None:
+        self._fields.setdefault("raw_scores", self.scores)
+
+    @cached_property
+    def correct(self) -> Tensor:
+        """[B] bool: the verifier's verdict (`acc` of the reward function, else raw score ≥ 0.5), never shaped."""
+        self._keep_raw_scores()
+        try:
+            verdict = torch.as_tensor([float(value) for value in self.extra("acc")])
+        except DataError:
+            verdict = self._fields["raw_scores"]
+        if not bool(torch.isfinite(verdict).all()):
+            raise DataError(f"field acc: row {self.keys[int((~torch.isfinite(verdict)).nonzero()[0])]} has no verdict")
+        return verdict >= 0.5
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """[B] int64 response length in tokens, tool output included."""
+        return torch.as_tensor(self._field("response_lengths"))
+
+    @cached_property
+    def truncated(self) -> Tensor:
+        """[B] bool: the response used up its budget without ending."""
+        if self._budget is None:
+            raise DataError("truncated: the batch does not know the response budget (data.max_response_length)")
+        try:
+            budget = torch.as_tensor(self._source.fetch("__max_tokens__"))
+        except KeyError:
+            budget = torch.full_like(self.lengths, self._budget)
+        last = self.responses.gather(1, (self.lengths.clamp(min=1) - 1)[:, None])[:, 0]
+        return (self.lengths >= budget) & (last != self._tokenizer.eos_token_id)
+
+    @property
+    def responses(self) -> Tensor:
+        """[B,T] int64 response token ids, zero-padded on the right."""
+        return self._field("responses")
+
+    @cached_property
+    def text(self) -> list[str]:
+        """[B] decoded responses."""
+        ids = [row[:n].tolist() for row, n in zip(self.responses, self.lengths.tolist(), strict=True)]
+        return self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    @property
+    def old_log_probs(self) -> Tensor:
+        """[B,T] log-probs under the policy before this step's update."""
+        return self._field("old_log_probs")
+
+    @property
+    def rollout_log_probs(self) -> Tensor:
+        """[B,T] log-probs the rollout server reported."""
+        return self._field("rollout_log_probs")
+
+    @property
+    def ref_log_probs(self) -> Tensor:
+        """[B,T] log-probs under the reference policy."""
+        return self._field("ref_log_prob")
+
+    @property
+    def entropy(self) -> Tensor:
+        """[B,T] entropy of the policy before this step's update, at each response token."""
+        return self._field("entropy")
+
+    @property
+    def prompt_log_probs(self) -> Tensor:
+        """[B,P] log-probs of the prompt's tokens after its first, zero-padded on the right; see `prompt_lengths`."""
+        return self._field("prompt_log_probs")
+
+    @property
+    def prompt_lengths(self) -> Tensor:
+        """[B] int64 prompt length in tokens; `prompt_log_probs` has one entry less per row."""
+        return torch.as_tensor(self._field("prompt_lengths"))
+
+    @property
+    def advantages(self) -> Tensor:
+        """[B,T] the step's advantages, known from `observe` on."""
+        return self._field("advantages")
+
+    def extra(self, name: str) -> Any:
+        """Any other field: put by a plugin, a queue field, a part of the reward, or a column of the dataset row.
+
+        A tensor [B] or [B,T], or a list [B] of what is not numeric.
+        """
+        for place in (lambda: self._field(name), lambda: self._inside("extra_fields", name, "reward_extra_info")):
+            with contextlib.suppress(DataError, KeyError):
+                return place()
+        with contextlib.suppress(DataError, KeyError):
+            return self._inside("extra_info", name)
+        raise DataError(f"field {name!r} is neither in the queue nor in the reward's parts nor in the dataset row")
+
+    def _inside(self, field: str, name: str, within: str | None = None) -> Any:
+        rows = self._field(field)
+        values = [row[within][name] if within and name in row.get(within, {}) else row[name] for row in rows]
+        numeric = all(isinstance(value, (bool, int, float, np.number)) for value in values)
+        return torch.tensor([float(value) for value in values]) if numeric else values
+
+    # What a stage may do
+
+    def to_tokens(self, values: Tensor) -> Tensor:
+        """[B] -> [B,T] float32: each row's value on its generated tokens, 0 elsewhere."""
+        if not bool(torch.isfinite(values).all()):
+            row = int((~torch.isfinite(values)).nonzero()[0])
+            raise DataError(f"to_tokens: the value of row {self.keys[row]} is {float(values[row])}, not finite")
+        # On the CPU bytes become floats six times as fast as bools do, and a product beats torch.where.
+        return self.response_mask.view(torch.uint8).float().mul_(values.float()[:, None])
+
+    def put(self, name: str, values: Tensor) -> None:
+        """Add a field [B] or [B,T] that later stages read with `extra(name)`, the loss with `tokens.extra(name)`."""
+        if values.shape not in (self.response_mask.shape, self.response_mask.shape[:1]):
+            raise DataError(f"put {name!r}: shape {tuple(values.shape)}, expected [B] or [B,T] of this batch")
+        self._fields[name] = self.written[name] = values
+
+    def drop(self, rows: Tensor) -> None:
+        """Leave rows [B] bool out of the rest of the step (`select_rows` only)."""
+        self.dropped = self.dropped | rows.bool()
+        if bool(self.dropped.all()):
+            raise DataError(f"select_rows dropped all {len(self)} rows of the batch; at least one must remain")
+
+    @property
+    def full(self) -> Batch:
+        """The batch before `select_rows` dropped rows (fields known by then); this batch when none was dropped."""
+        return self._full or self
+
+    def from_full(self, values: Tensor) -> Tensor:
+        """Values [B of `full`] of this batch's rows, [B]."""
+        if self._full is None:
+            return values
+        return values[torch.from_numpy(pd.Index(self._full.keys).get_indexer(self.keys))]
+
+
+class Tokens:
+    """One micro-batch in the loss, in an actor worker; [rows,T] tensors, T the longest response of the micro-batch.
+
+    Rows of the synthetic padding are present here with an empty `response_mask`.
+    """
+
+    def __init__(
+        self,
+        *,
+        log_probs: Tensor,
+        old_log_probs: Tensor,
+        advantages: Tensor,
+        response_mask: Tensor,
+        config: Any,
+        entropy: Tensor | None = None,
+        extra: Callable[[str], Any] | None = None,
+        log: Callable[[str, Mapping[str, float], str], None] | None = None,
+        step: int = 0,
+        mini_batch: int = 0,
+        micro_batch: int = 0,
+        seed: int = 0,
+        rank: int = 0,
+        owner: str = "",
+    ) -> None:
+        self.log_probs = log_probs
+        """[rows,T] log-probs under the policy being trained, with gradient."""
+        self.old_log_probs = old_log_probs
+        """[rows,T] log-probs under the policy before the step."""
+        self.advantages = advantages
+        """[rows,T]"""
+        self.response_mask = response_mask.bool()
+        """[rows,T] bool: tokens that count."""
+        self.entropy = entropy
+        """[rows,T] entropy under the policy being trained, with gradient; None unless `current_entropy` is needed."""
+        self.config = config
+        """verl's actor settings: clip_ratio_low, clip_ratio_high, clip_ratio_c, loss_agg_mode, …"""
+        self.step, self.mini_batch, self.micro_batch = step, mini_batch, micro_batch
+        self._extra, self._log, self._seed, self._rank, self._owner = extra, log, seed, rank, owner
+
+    def scoped(self, owner: str) -> Tokens:
+        """The same tokens in the hands of plugin `owner`: its metrics and random numbers are its own."""
+        other = object.__new__(Tokens)
+        other.__dict__.update(self.__dict__, _owner=owner)
+        return other
+
+    def extra(self, name: str) -> Any:
+        """Another field of the queue: [rows,T] or [rows] tensor, or a list per row (old entropy is `entropy`)."""
+        if self._extra is None:
+            raise DataError(f"field {name!r} is not in the micro-batch")
+        return self._extra(name)
+
+    def log(self, metrics: Mapping[str, float], reduce: str = "mean") -> None:
+        """Add metrics as `plugins/<plugin>/<key>`; `reduce` over micro-batches and ranks: mean, sum, min or max."""
+        if self._log is not None:
+            self._log(self._owner, metrics, reduce)
+
+    def rng(self, name: str = "") -> torch.Generator:
+        """A CPU generator of its own for (seed, step, mini-batch, micro-batch, rank, plugin, name)."""
+        entropy = [self._seed, self.step, self.mini_batch, self.micro_batch, self._rank]
+        entropy += list(f"{self._owner}/{name}".encode())
+        seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        return torch.Generator().manual_seed(seed)

@@ -1,0 +1,120 @@
+"""Plugin state inside verl's checkpoint folder: safetensors for arrays, JSON for the rest, no pickle.
+
+`global_step_N/plugins/` holds `state.json` (format, step, dataset fingerprint; per process and plugin: version,
+scalars) and `arrays.safetensors`. The folder is written under a temporary name and renamed, before verl writes its
+"latest" marker: a kill leaves either the old checkpoint or the new one with its state.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from verl_plugins.errors import StateError
+from verl_plugins.plugin import Plugin
+
+FORMAT = 1
+FOLDER = "plugins"
+PROCESSES = ("driver", "actor")
+
+States = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""process -> plugin -> what its state_dict returned."""
+
+
+def save(checkpoint: Path, step: int, fingerprint: str, plugins: Iterable[Plugin], states: States) -> None:
+    """Write all plugin state of a checkpoint."""
+    versions = {plugin.name: plugin.version for plugin in plugins}
+    arrays: dict[str, Tensor] = {}
+    kept = {
+        process: {name: _split(state, f"{process}/{name}", arrays) for name, state in by_plugin.items() if state}
+        for process, by_plugin in states.items()
+    }
+    manifest = {"format": FORMAT, "step": step, "dataset": fingerprint, "versions": versions, "states": kept}
+    folder, temporary = checkpoint / FOLDER, checkpoint / f".{FOLDER}.{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file(arrays, temporary / "arrays.safetensors")
+    (temporary / "state.json").write_text(json.dumps(manifest, indent=1))
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def load(checkpoint: Path, step: int, fingerprint: str, plugins: Iterable[Plugin]) -> States:
+    """Read what `save` wrote and make sure it belongs to this run.
+
+    Raises:
+        StateError: no state, another dataset, another plugin or another version of a plugin.
+    """
+    folder = checkpoint / FOLDER
+    if not (folder / "state.json").is_file():
+        raise StateError(f"checkpoint {checkpoint} has no plugin state ({FOLDER}/state.json); resume it with plain verl")
+    manifest = json.loads((folder / "state.json").read_text())
+    _check(folder, manifest, step, fingerprint, {plugin.name: plugin.version for plugin in plugins})
+    arrays = load_file(folder / "arrays.safetensors")
+    return {
+        process: {name: _join(state, f"{process}/{name}", arrays) for name, state in by_plugin.items()}
+        for process, by_plugin in manifest["states"].items()
+    }
+
+
+def _check(folder: Path, manifest: dict, step: int, fingerprint: str, versions: dict[str, str]) -> None:
+    saved = manifest["versions"]
+    if manifest["format"] != FORMAT:
+        raise StateError(f"{folder}: state format {manifest['format']}, this version reads {FORMAT}")
+    if manifest["step"] != step:
+        raise StateError(f"{folder}: state of step {manifest['step']} in the checkpoint of step {step}")
+    if manifest["dataset"] != fingerprint:
+        raise StateError(
+            f"{folder}: saved with another training dataset (fingerprint {manifest['dataset']}, now {fingerprint}); "
+            "resume with the same data.train_files in the same order, or start a new run with another --out"
+        )
+    if set(saved) != set(versions):
+        raise StateError(
+            f"{folder}: saved with plugins {_names(saved)}, this run has {_names(versions)}; resume with the same recipe"
+        )
+    for name, version in versions.items():
+        if saved[name] != version:
+            raise StateError(f"{folder}: state of plugin {name} version {saved[name]}, installed is version {version}")
+
+
+def _names(versions: Iterable[str]) -> str:
+    return ", ".join(sorted(versions)) or "none"
+
+
+def _split(state: Mapping[str, Any], prefix: str, arrays: dict[str, Tensor]) -> dict[str, Any]:
+    """Move tensors and arrays of a state into `arrays`; what stays is JSON."""
+    kept: dict[str, Any] = {"json": {}, "numpy": [], "torch": []}
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            arrays[f"{prefix}/{key}"] = value.detach().cpu().contiguous()
+            kept["torch"].append(key)
+        elif isinstance(value, np.ndarray):
+            arrays[f"{prefix}/{key}"] = torch.from_numpy(np.ascontiguousarray(value))
+            kept["numpy"].append(key)
+        else:
+            kept["json"][key] = _plain(value, f"{prefix}/{key}")
+    return kept
+
+
+def _plain(value: Any, where: str) -> Any:
+    try:
+        if json.loads(json.dumps(value)) == value:
+            return value
+    except TypeError:
+        pass
+    raise StateError(f"state {where}: {type(value).__name__} can be saved neither as an array nor as JSON")
+
+
+def _join(kept: Mapping[str, Any], prefix: str, arrays: Mapping[str, Tensor]) -> dict[str, Any]:
+    state = dict(kept["json"])
+    state |= {key: arrays[f"{prefix}/{key}"] for key in kept["torch"]}
+    return state | {key: arrays[f"{prefix}/{key}"].numpy() for key in kept["numpy"]}

@@ -1,0 +1,89 @@
+"""From a composed recipe to a finished training: Ray, verl's task runner with our trainers in it, the run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from verl_plugins.bridge import RUN_VARIABLE
+from verl_plugins.bridge.report import LOG_FILE, Reporter, Terminal
+from verl_plugins.errors import PluginError
+
+REWARD_MANAGER = {"source": "importlib", "name": "PluginRewardManager"}
+REWARD_MODULE = "pkg://verl_plugins.bridge.reward"
+VERSIONS = ("verl-plugins", "verl", "torch", "transformers", "ray", "TransferQueue", "vllm", "sglang")
+
+
+def launch(composed: Any, out: Path, verbose: bool = False) -> int:
+    """Train; returns the exit code. Everything of the run is in folder `out`, which is resumed if it has checkpoints."""
+    started = time.time()
+    out = Path(out).absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    os.environ.update({RUN_VARIABLE: "1", "TOKENIZERS_PARALLELISM": "false", **composed.env})
+    config = finish(composed.config, out)
+    write_run_folder(config, out)
+    with Terminal(out / LOG_FILE, verbose) as terminal:
+        terminal.console.print(f"{composed.recipe}: run folder {out}, full log in {LOG_FILE}")
+        try:
+            train(config, Reporter(terminal.console, out, started))
+        except PluginError as error:
+            terminal.console.print(f"error: {error}", style="red")
+            return 1
+        except Exception as error:
+            cause = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
+            terminal.console.print(f"error: training stopped ({cause}); the whole story is in {out / LOG_FILE}")
+            raise
+    return 0
+
+
+def finish(config: DictConfig, out: Path) -> DictConfig:
+    """Settings that follow from the others: where checkpoints go, who scores answers, the seed of prompt order."""
+    config = config.copy()
+    with open_dict(config):
+        config.trainer.default_local_dir = str(out)
+        config.data.seed = 1 if config.data.seed is None else config.data.seed
+        config.reward.reward_manager.update(REWARD_MANAGER)
+        config.reward.reward_manager.module.path = REWARD_MODULE
+    return config
+
+
+def write_run_folder(config: DictConfig, out: Path) -> None:
+    """The resolved configuration and the versions of what runs."""
+    (out / "config.yaml").write_text(OmegaConf.to_yaml(config))
+    found = {}
+    for name in VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    (out / "versions.json").write_text(json.dumps(found, indent=1))
+
+
+def train(config: DictConfig, reporter: Reporter) -> None:
+    """Start Ray if needed and run verl's task runner in this process, with our trainers and agent loop."""
+    import ray
+    from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import validate_config
+    from verl.utils.device import auto_set_device
+
+    auto_set_device(config)
+    validate_config(config, need_reference_policy(config), need_critic(config))
+    if not ray.is_initialized():
+        environment = get_ppo_ray_runtime_env(config)
+        environment["env_vars"] |= {"TRANSFER_QUEUE_ENABLE": "1"}
+        settings = OmegaConf.to_container(config.ray_kwargs.get("ray_init", {}), resolve=True)
+        asked = {key: value for key, value in (settings.pop("runtime_env", None) or {}).items() if value is not None}
+        ray.init(**settings, runtime_env={**environment, **asked})
+    from verl_plugins.bridge.runner import PluginTaskRunner
+
+    try:
+        PluginTaskRunner(reporter).run(config)
+    finally:
+        ray.shutdown()

@@ -1,0 +1,138 @@
+"""The actor's loss: verl's `ppo_loss` with the per-token policy loss and additional terms given by plugins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, agg_loss
+from verl.utils import tensordict_utils as tu
+from verl.utils.metric import AggregationType, Metric
+from verl.workers.config import ActorConfig
+from verl.workers.utils.losses import ppo_loss
+from verl.workers.utils.padding import no_padding_2_padding
+
+from verl_plugins.batch import Tokens
+from verl_plugins.errors import DataError
+from verl_plugins.manager import Plugins
+
+LOSS_NAME = "verl_plugins"
+STEP_KEY = "verl_plugins_step"
+"""Under this key the driver sends the training step along with the batch."""
+
+
+class PluginLoss:
+    """Called by verl's engine for every micro-batch, in the place of `ppo_loss`."""
+
+    def __init__(self, plugins: Plugins, config: ActorConfig, seed: int, rank: int) -> None:
+        self.plugins, self.config = plugins, config
+        self._seed, self._rank = seed, rank
+        self.step = self.mini_batch = self.micro_batch = 0
+        self._metrics: dict[str, Metric] = {}
+        self._data: TensorDict | None = None
+        self._entropy: Tensor | None = None
+        self._tokens: Tokens | None = None
+        if plugins.implements("policy_loss"):
+            POLICY_LOSS_REGISTRY[LOSS_NAME] = self._policy_loss
+            object.__setattr__(config.policy_loss, "loss_mode", LOSS_NAME)
+
+    def __call__(self, model_output: dict[str, Tensor], data: TensorDict, dp_group: Any = None):
+        self._enter(data, model_output.get("entropy"))
+        loss, metrics = ppo_loss(config=self.config, model_output=model_output, data=data, dp_group=dp_group)
+        if self.plugins.implements("loss_terms"):
+            loss = loss + self._terms(model_output)
+        self.micro_batch += 1
+        return loss, metrics | self._metrics
+
+    def next_mini_batch(self) -> None:
+        """The optimiser has stepped."""
+        self.mini_batch += 1
+        self.micro_batch = 0
+
+    def _enter(self, data: TensorDict, entropy: Tensor | None) -> None:
+        step = int(tu.get_non_tensor_data(data, key=STEP_KEY, default=0))
+        if step != self.step:
+            self.step, self.mini_batch, self.micro_batch = step, 0, 0
+        self._data, self._metrics, self._tokens = data, {}, None
+        self._entropy = None if entropy is None else no_padding_2_padding(entropy, data)
+
+    def _policy_loss(
+        self, old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights=None
+    ):
+        """verl's signature of a policy loss: aggregates what the stage returns per token."""
+        tokens = self._build_tokens(log_prob, old_log_prob, advantages, response_mask)
+        losses = _checked(self.plugins.hook.policy_loss(tokens=tokens), tokens, "policy_loss")
+        if rollout_is_weights is not None:
+            losses = losses * rollout_is_weights
+        return agg_loss(
+            loss_mat=losses, loss_mask=tokens.response_mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info
+        ), {}
+
+    def _terms(self, model_output: dict[str, Tensor]) -> Tensor:
+        tokens = self._tokens or self._tokens_for_terms(model_output)
+        total = tokens.log_probs.new_zeros(())
+        for terms in self.plugins.hook.loss_terms(tokens=tokens):
+            for name, term in (terms or {}).items():
+                value = agg_loss(
+                    loss_mat=_checked(term, tokens, f"loss_terms {name!r}"),
+                    loss_mask=tokens.response_mask,
+                    loss_agg_mode=self.config.loss_agg_mode,
+                    **self.config.global_batch_info,
+                )
+                self._metrics[f"plugins/loss_terms/{name}"] = Metric(AggregationType.SUM, value.detach())
+                total = total + value
+        return total
+
+    def _tokens_for_terms(self, model_output: dict[str, Tensor]) -> Tokens:
+        log_probs = no_padding_2_padding(model_output["log_probs"], self._data)
+        fields = self._data.select("old_log_probs", "advantages", "response_mask").to_padded_tensor()
+        return self._build_tokens(
+            log_probs, fields["old_log_probs"], fields["advantages"], fields["response_mask"].bool()
+        )
+
+    def _build_tokens(self, log_probs, old_log_probs, advantages, response_mask) -> Tokens:
+        self._tokens = Tokens(
+            log_probs=log_probs,
+            old_log_probs=old_log_probs,
+            advantages=advantages,
+            response_mask=response_mask,
+            config=self.config,
+            entropy=self._entropy,
+            extra=self._extra,
+            log=self._log,
+            step=self.step,
+            mini_batch=self.mini_batch,
+            micro_batch=self.micro_batch,
+            seed=self._seed,
+            rank=self._rank,
+        )
+        return self._tokens
+
+    def _extra(self, name: str) -> Any:
+        """A queue field of the micro-batch; token-level ones as wide as the responses."""
+        if name not in self._data.keys():
+            raise DataError(f"field {name!r} did not reach the loss; put it with batch.put or declare it in needs")
+        value = self._data[name]
+        if not isinstance(value, Tensor):
+            return value.tolist() if hasattr(value, "tolist") else value
+        if not value.is_nested:
+            return value
+        responses = self._data["responses"].offsets().diff()
+        if not torch.equal(value.offsets().diff(), responses):
+            return value.to_padded_tensor(0)
+        return value.to_padded_tensor(0, output_size=(len(responses), int(responses.max())))
+
+    def _log(self, owner: str, metrics: Mapping[str, float], reduce: str) -> None:
+        for key, value in metrics.items():
+            self._metrics[f"plugins/{owner}/{key}"] = Metric(reduce, value)
+
+
+def _checked(values: Tensor, tokens: Tokens, stage: str) -> Tensor:
+    if values.shape != tokens.log_probs.shape:
+        raise DataError(
+            f"{stage} returned shape {tuple(values.shape)}; expected one value per token {tuple(tokens.log_probs.shape)}"
+        )
+    return values

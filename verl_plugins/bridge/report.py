@@ -1,0 +1,112 @@
+"""What a user sees of a run, and what stays of it: a line per step, metrics as JSON lines, verl's output in a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+LOG_FILE = "verl.log"
+METRICS_FILE = "metrics.jsonl"
+
+
+class Terminal:
+    """The terminal, kept aside while everything that verl and Ray print goes to a file (and, verbose, here too)."""
+
+    def __init__(self, log: Path, verbose: bool) -> None:
+        self._log = log.open("ab", buffering=0)
+        self._verbose = verbose
+        self._saved: list[int] = []
+        self._pump: threading.Thread | None = None
+        self.console = Console()
+
+    def __enter__(self) -> Terminal:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._saved = [os.dup(1), os.dup(2)]
+        self.console = Console(file=os.fdopen(os.dup(1), "w", buffering=1), force_terminal=os.isatty(1) or None)
+        target = self._tee() if self._verbose else self._log.fileno()
+        os.dup2(target, 1)
+        os.dup2(target, 2)
+        if self._verbose:
+            os.close(target)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for fd, saved in zip((1, 2), self._saved, strict=True):
+            os.dup2(saved, fd)
+        if self._pump is not None:
+            self._pump.join(timeout=5)
+        for saved in self._saved:
+            os.close(saved)
+        self._log.close()
+
+    def _tee(self) -> int:
+        """A pipe whose content goes both to the log file and to the terminal."""
+        reader, writer = os.pipe()
+        terminal = self._saved[0]
+
+        def pump() -> None:
+            while chunk := os.read(reader, 65536):
+                self._log.write(chunk)
+                os.write(terminal, chunk)
+
+        self._pump = threading.Thread(target=pump, daemon=True)
+        self._pump.start()
+        return writer
+
+
+class Reporter:
+    """Prints the progress line of each step and appends its metrics to `metrics.jsonl`."""
+
+    def __init__(self, console: Console, folder: Path, started: float) -> None:
+        self._console = console
+        self._file = (folder / METRICS_FILE).open("a", buffering=1)
+        self._started = self._last = started
+
+    def step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
+        """One finished training step."""
+        now = time.time()
+        values = {key: _number(value) for key, value in metrics.items()}
+        values |= {"seconds": now - self._last, "seconds_since_start": now - self._started}
+        self._last = now
+        self._write({"step": step, **values})
+        shown = {
+            "reward": values.get("critic/score/mean"),
+            "accuracy": values.get("health/accuracy"),
+            "entropy": values.get("actor/entropy"),
+            "mixed groups": values.get("health/mixed_groups"),
+        }
+        parts = [f"{name} {value:.3f}" for name, value in shown.items() if isinstance(value, float)]
+        self._console.print(f"step {step:>4}/{total}  " + "  ".join([*parts, f"{values['seconds']:.1f} s"]))
+
+    def validation(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Metrics of a validation pass."""
+        values = {key: _number(value) for key, value in metrics.items()}
+        self._write({"step": step, "validation": values})
+        core = [f"{key.removeprefix('val-core/')} {value:.3f}" for key, value in values.items() if "val-core" in key]
+        self._console.print(f"validation after step {step}  " + "  ".join(core))
+        self._last = time.time()
+
+    def note(self, text: str) -> None:
+        """A sentence for the user."""
+        self._console.print(text)
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return str(value)

@@ -1,0 +1,202 @@
+"""verl's agent-loop workers with plugins in them: how one group of responses is generated, scored and published.
+
+A group's sessions are rolled out and scored first and then written to the queue in one piece, so that nothing of a
+group that is rolled again ever reaches the trainer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import transfer_queue as tq
+from omegaconf import OmegaConf
+from verl.trainer.ppo.v1 import agent_loop_tq
+from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ, apply_greedy_sampling_params
+
+from verl_plugins import manager
+from verl_plugins.bridge.queue import prompt_id_of
+from verl_plugins.services import Prompt, Rollout
+
+METRICS_FIELD = "plugin_metrics"
+"""Metrics logged during `rollout_group` travel to the driver in this part of a row's extra fields."""
+
+
+@dataclass
+class _Session:
+    """One session's outputs, scored, with the row they belong to."""
+
+    outputs: list[Any]
+    columns: dict[str, Any]
+
+
+class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
+    """Generates the groups of the prompts it is given."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.plugins = manager.build(OmegaConf.to_container(self.config.plugins))
+        self._seeded = self.rollout_config.name == "transformers" or self.rollout_config.full_determinism
+        self._has_group_control = self.plugins.implements("rollout_group")
+
+    async def _run_prompt(self, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool = False) -> None:
+        """verl's entry: one prompt, all sessions of its group, its status in the queue."""
+        uid, partition = prompt["uid"], "val" if trajectory["validate"] else "train"
+        status = "failure"
+        try:
+            group = _Group(self, prompt, sampling_params, trajectory, trace)
+            sessions = await self._generate_group(group)
+            await self._publish(sessions, trajectory["validate"])
+            status = "finished" if len(sessions) == group.size else "failure"
+        except Exception:
+            agent_loop_tq.logger.exception(f"rollout of prompt {uid} failed")
+        await tq.async_kv_put(key=uid, partition_id=partition, tag={"status": status})
+
+    async def _generate_group(self, group: _Group) -> list[_Session]:
+        if group.validate or not self._has_group_control:
+            return await group.sessions(group.size)
+        run = GroupRun(self.config, group)
+        rollouts = await self.plugins.hook.rollout_group(run=run, prompt=group.prompt, sample=group.sample)
+        if rollouts is None:
+            return await group.sessions(group.size)
+        group.size = len(rollouts)
+        sessions = [rollout.outputs for rollout in rollouts]
+        for number, session in enumerate(sessions):
+            session.columns["session_id"] = number
+        if run.metrics and sessions:
+            sessions[0].outputs[-1].extra_fields[METRICS_FIELD] = run.metrics
+        return sessions
+
+    async def _agent_loop_postprocess(self, output: Any, validate: bool, **columns: Any) -> _Session | None:
+        """Score a session's outputs and hand them back instead of publishing them."""
+        outputs = output if isinstance(output, list) else [output]
+        if not outputs:
+            return None
+        await self._compute_score(outputs, kwargs=columns)
+        return _Session(outputs, columns)
+
+    async def _publish(self, sessions: list[_Session], validate: bool) -> None:
+        """Write the group's rows to the queue (verl's own code builds and stores them)."""
+        publish = super()._agent_loop_postprocess
+        await asyncio.gather(*[publish(session.outputs, validate, **session.columns) for session in sessions])
+
+
+class _Group:
+    """The group being generated for one draw of a prompt."""
+
+    def __init__(self, worker: Any, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool) -> None:
+        rollout = worker.config.actor_rollout_ref.rollout
+        self.validate = trajectory["validate"]
+        self.size = int(prompt.pop("__rollout_n__", rollout.val_kwargs.n if self.validate else rollout.n))
+        do_sample = prompt.pop("__do_sample__", True)
+        self._worker, self._row, self._trajectory, self._trace = worker, prompt, trajectory, trace
+        self._params = dict(sampling_params)
+        if not self.validate and not do_sample:
+            apply_greedy_sampling_params(self._params)
+        if "__max_tokens__" in prompt:
+            self._params["max_tokens"] = int(prompt["__max_tokens__"])
+        self._started = 0
+
+    @property
+    def prompt(self) -> Prompt:
+        return Prompt(prompt_id_of(self._row["uid"]), self._row)
+
+    @property
+    def step(self) -> int:
+        return int(self._row["global_steps"])
+
+    async def sample(
+        self,
+        n: int,
+        *,
+        messages: list[dict[str, str]] | None = None,
+        temperature: float | None = None,
+        max_tokens: int | None = None,
+    ) -> list[Rollout]:
+        """Roll out and score `n` more sessions without publishing them; failed sessions are missing."""
+        changes = {"temperature": temperature, "max_tokens": max_tokens}
+        params = {key: value for key, value in changes.items() if value is not None}
+        row = {} if messages is None else {"raw_prompt": messages}
+        return [self._rollout(session) for session in await self.sessions(n, params, row)]
+
+    async def sessions(
+        self, n: int, params: Mapping[str, Any] | None = None, row: Mapping[str, Any] | None = None
+    ) -> list[_Session]:
+        """`n` scored sessions; the exceptions of failed ones are logged."""
+        first, self._started = self._started, self._started + n
+        runs = [self._run(number, {**self._params, **(params or {})}, row or {}) for number in range(first, first + n)]
+        results = await asyncio.gather(*runs, return_exceptions=True)
+        for error in (result for result in results if isinstance(result, BaseException)):
+            agent_loop_tq.logger.error(f"a session of prompt {self._row['uid']} failed", exc_info=error)
+        return [result for result in results if isinstance(result, _Session)]
+
+    def _run(self, number: int, params: dict[str, Any], row: Mapping[str, Any]) -> Any:
+        if self._worker._seeded:
+            params["seed"] = self._seed(number)
+        columns = {**self._row, **row}
+        return self._worker._run_agent_loop(
+            params, trajectory=self._trajectory, trace=self._trace, session_id=number, **columns
+        )
+
+    def _seed(self, number: int) -> int:
+        """The same for the same draw in another run of the same seed, whatever order requests arrive in."""
+        seed = self._worker.rollout_config.seed
+        key = [seed, self.step, int(self._row["index"]) if self.validate else self.prompt.id, int(self.validate)]
+        return int(np.random.SeedSequence([*key, number]).generate_state(1, np.uint32)[0])
+
+    def _rollout(self, session: _Session) -> Rollout:
+        last = session.outputs[-1]
+        info = dict(last.extra_fields.get("reward_extra_info", {}))
+        tokenizer, limit = self._worker.tokenizer, self._params.get("max_tokens") or self._worker.config.data.max_response_length
+        verdict = float(info.get("acc", last.reward_score))
+        ended = bool(last.response_ids) and last.response_ids[-1] == tokenizer.eos_token_id
+        return Rollout(
+            text=tokenizer.decode(last.response_ids, skip_special_tokens=True),
+            response_ids=list(last.response_ids),
+            score=float(last.reward_score),
+            correct=verdict >= 0.5,
+            truncated=len(last.response_ids) >= limit and not ended,
+            info=info,
+            outputs=session,
+        )
+
+
+class GroupRun:
+    """The run as `rollout_group` sees it in an agent-loop worker: settings, step, randomness and metrics."""
+
+    def __init__(self, config: Any, group: _Group) -> None:
+        self.config, self.step = config, group.step
+        self._group = group
+        self.metrics: dict[str, float] = {}
+        self._owner = ""
+
+    def scoped(self, owner: str) -> GroupRun:
+        """The same run in the hands of plugin `owner`."""
+        other = object.__new__(GroupRun)
+        other.__dict__.update(self.__dict__, _owner=owner)
+        return other
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._group._worker.tokenizer
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Add metrics; they appear as `plugins/<plugin>/<key>`, averaged over the groups of the step."""
+        self.metrics.update({f"plugins/{self._owner}/{key}": float(value) for key, value in metrics.items()})
+
+    def rng(self, name: str = "") -> np.random.Generator:
+        """This plugin's generator for this draw, seeded by (run seed, step, prompt, plugin, name)."""
+        key = [self._group._worker.rollout_config.seed, self.step, self._group.prompt.id]
+        return np.random.default_rng([*key, *f"{self._owner}/{name}".encode()])
+
+
+class PluginAgentLoopManager(AgentLoopManagerTQ):
+    """Starts the workers above."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.agent_loop_workers_class = ray.remote(PluginAgentLoopWorker)

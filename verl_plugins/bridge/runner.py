@@ -1,0 +1,33 @@
+"""verl's task runner, in the driver process, with our trainers and agent-loop manager."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+from verl.trainer.main_ppo import TaskRunnerV1
+from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+
+from verl_plugins.bridge.rollout import PluginAgentLoopManager
+from verl_plugins.bridge.trainer import TRAINERS
+
+
+class PluginTaskRunner(TaskRunnerV1.__ray_metadata__.modified_class):
+    """Runs one training."""
+
+    def __init__(self, reporter: Any = None) -> None:
+        super().__init__()
+        self._reporter = reporter
+
+    def init_agent_loop_manager(self) -> None:
+        self.trainer.reporter = self._reporter
+        self.agent_loop_manager = PluginAgentLoopManager.create(
+            config=self.config,
+            llm_client=self.trainer.get_llm_client(),
+            teacher_client=self.trainer.get_teacher_client(),
+            reward_loop_worker_handles=self.trainer.get_reward_handles(),
+        )
+
+    def run(self, config: Any) -> None:
+        with patch.dict(TRAINER_REGISTRY, TRAINERS):
+            super().run(config)

@@ -1,0 +1,382 @@
+"""verl's V1 trainers with the stages in them.
+
+The mode keeps verl's own name (`sync`, `colocate_async`): verl compares it in several places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import ray
+import torch
+import transfer_queue as tq
+from omegaconf import OmegaConf
+from torch import Tensor
+from torchdata.stateful_dataloader import StatefulDataLoader
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.utils import Role, create_rl_sampler
+from verl.trainer.ppo.v1 import trainer_base
+from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils import tensordict_utils as tu
+from verl.utils.dataset.rl_dataset import collate_fn
+
+from verl_plugins import manager
+from verl_plugins.batch import Batch
+from verl_plugins.bridge import checkpoint
+from verl_plugins.bridge.actor import PluginActorWorker
+from verl_plugins.bridge.defaults import DriverDefaults
+from verl_plugins.bridge.loss import STEP_KEY
+from verl_plugins.bridge.queue import QueueSource, is_padding, prompt_uid, write_fields
+from verl_plugins.bridge.rollout import METRICS_FIELD
+from verl_plugins.bridge.run import DriverRun, RowsOfDataset
+from verl_plugins.diagnostics.health import group_health
+from verl_plugins.errors import DataError
+from verl_plugins.services import Prompt, Prompts
+
+POLL_SECONDS = 0.02
+"""How often the driver looks for finished rollouts; verl's default of 2 s would dominate short steps."""
+
+
+class Stages:
+    """The stages, mixed into one of verl's trainers."""
+
+    def __init__(self, config: Any) -> None:
+        self.plugins = manager.build(OmegaConf.to_container(config.plugins))
+        self.defaults = DriverDefaults()
+        self.plugins.add_fallback(self.defaults)
+        self.needs = frozenset().union(*[plugin.needs for plugin in self.plugins])
+        self.seed = int(config.data.seed)
+        self.run = DriverRun(self)
+        self.reporter: Any = None
+        self._full: Batch | None = None
+        self._batch: Batch | None = None
+        self._draws = (0, 0)
+        self._rows_per_prompt: int | None = None
+        self._prompt_log_probs: dict[str, Tensor] = {}
+        self._awake = False
+        super().__init__(config)
+
+    # Setting up
+
+    def _build_replay_buffer(self) -> Any:
+        replay_buffer = super()._build_replay_buffer()
+        replay_buffer.poll_interval = min(replay_buffer.poll_interval, POLL_SECONDS)
+        return replay_buffer
+
+    def _init_dataloader(self) -> None:
+        """verl's dataset and order of rows, but the loader yields prompt ids: the rows are read when drawn."""
+        super()._init_dataloader()
+        self.rows = RowsOfDataset(self.train_dataset)
+        self.train_dataloader = StatefulDataLoader(
+            dataset=range(len(self.train_dataset)),
+            batch_size=self.config.data.get("gen_batch_size", None) or self.config.data.train_batch_size,
+            drop_last=True,
+            collate_fn=list,
+            sampler=create_rl_sampler(self.config.data, self.train_dataset),
+        )
+
+    def _init_resource_pool_mgr(self) -> None:
+        super()._init_resource_pool_mgr()
+        for role in (Role.Actor, Role.ActorRollout, Role.ActorRolloutRef):
+            if role in self.role_worker_mapping:
+                self.role_worker_mapping[role] = ray.remote(PluginActorWorker)
+
+    def _load_checkpoint(self) -> None:
+        self.actor_rollout_wg.set_plugins(OmegaConf.to_container(self.config.plugins), self.seed)
+        super()._load_checkpoint()
+        if self.global_steps > 0:
+            self._load_plugin_state()
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Ranks over which the actor's rows are split."""
+        info = self.actor_rollout_wg._dispatch_info
+        if "actor" not in info:
+            info["actor"] = self.actor_rollout_wg._query_dispatch_info("actor")
+        return max(info["actor"]) + 1
+
+    # Drawing prompts
+
+    def _next_train_batch(self, num_prompts: int | None = None) -> Any:
+        """The rows to roll out next: chosen, read, numbered and edited."""
+        count = num_prompts or self.config.data.train_batch_size
+        prompts = [Prompt(prompt_id, self.rows[prompt_id]) for prompt_id in self._select(count)]
+        for prompt in prompts:
+            prompt.row["uid"] = self._next_uid(prompt.id)
+        self.plugins.hook.prepare_prompts(run=self.run, prompts=Prompts(prompts))
+        columns = collate_fn([prompt.row for prompt in prompts])
+        for name, values in columns.items():
+            if len(values) != len(prompts):
+                raise DataError(f"prepare_prompts: column {name!r} was set on {len(values)} of {len(prompts)} prompts")
+        batch = tu.get_tensordict(dict(columns))
+        tu.assign_non_tensor_data(batch, "global_steps", self.global_steps)
+        return batch
+
+    def _select(self, count: int) -> Sequence[int]:
+        chosen = self.plugins.hook.select_prompts(run=self.run, count=count)
+        if chosen is None:
+            return self._next_in_order(count)
+        chosen = [int(prompt_id) for prompt_id in chosen]
+        if len(chosen) != count or len(set(chosen)) != count:
+            raise DataError(f"select_prompts returned {len(set(chosen))} distinct prompt ids; {count} are asked")
+        if min(chosen) < 0 or max(chosen) >= len(self.rows):
+            raise DataError(f"select_prompts returned an id outside the {len(self.rows)} rows of the dataset")
+        return chosen
+
+    def _next_in_order(self, count: int) -> list[int]:
+        """verl's shuffled pass over the dataset, epoch after epoch."""
+        chosen: list[int] = []
+        while len(chosen) < count:
+            if self.train_dataloader_it is None:
+                self.train_dataloader_it = iter(self.train_dataloader)
+            chunk = next(self.train_dataloader_it, None)
+            if chunk is None:
+                self.train_dataloader_it = None
+                continue
+            chosen += [int(prompt_id) for prompt_id in chunk]
+        if len(chosen) != count:
+            raise DataError(f"{count} prompts asked, but data.gen_batch_size draws them in pieces that do not add up")
+        return chosen
+
+    def _next_uid(self, prompt_id: int) -> str:
+        step, drawn = self._draws
+        self._draws = (self.global_steps, drawn + 1 if step == self.global_steps else 0)
+        return prompt_uid(prompt_id, *self._draws)
+
+    # From rollouts to the advantage
+
+    def _balance_batch(self, batch: KVBatchMeta, metrics: dict, **kwargs: Any) -> KVBatchMeta:
+        """Rows in an order of their own (not that of arrival), rewards shaped, rows dropped, then verl's balancing."""
+        batch.reorder(sorted(range(len(batch)), key=lambda row: _row_order(batch.keys[row])))
+        self._full = self._open(batch.keys)
+        self.plugins.hook.shape_rewards(run=self.run, batch=self._full)
+        if "rm_scores" in self._full.written:
+            batch = self._store(batch, self._full)
+        self.plugins.hook.select_rows(run=self.run, batch=self._full)
+        prompts = len(set(self._full.uid))
+        kept = [key for key, dropped in zip(batch.keys, self._full.dropped.tolist(), strict=True) if not dropped]
+        if len(kept) < len(batch):
+            batch = batch.select_keys(kept)
+        self._rows_per_prompt = len(kept) // prompts if len(kept) < len(self._full) and not len(kept) % prompts else None
+        with self._group_size():
+            return super()._balance_batch(batch, metrics, **kwargs)
+
+    @contextmanager
+    def _group_size(self) -> Iterator[None]:
+        """verl sizes mini-batches as prompts times `rollout.n`; after rows were dropped a prompt has fewer."""
+        rollout = self.config.actor_rollout_ref.rollout
+        before = rollout.n
+        rollout.n = self._rows_per_prompt or before
+        try:
+            yield
+        finally:
+            rollout.n = before
+
+    def _open(self, keys: Sequence[str], known: dict[str, Any] | None = None, full: Batch | None = None) -> Batch:
+        source = QueueSource(keys, "train", known)
+        budget = self.config.data.max_response_length
+        return Batch(source, tokenizer=self.tokenizer, budget=budget, full=full)
+
+    def _store(self, meta: KVBatchMeta, batch: Batch) -> KVBatchMeta:
+        """Ship the fields plugins have put, for all rows of `meta`."""
+        mask = tq.kv_batch_get(keys=meta.keys, partition_id=meta.partition_id, select_fields=["response_mask"])
+        fields, batch.written = batch.written, {}
+        place = {key: row for row, key in enumerate(meta.keys)}
+        rows = torch.tensor([place[key] for key in batch.keys])
+        stored = write_fields(meta, rows, fields, mask["response_mask"])
+        stored.tags, stored.extra_info = meta.tags, meta.extra_info
+        return stored
+
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        batch = super()._compute_old_log_prob(batch, metrics)
+        if "prompt_log_probs" in self.needs:
+            self._read_prompt_log_probs(batch)
+        return batch
+
+    def _read_prompt_log_probs(self, batch: KVBatchMeta) -> None:
+        """Keep the prompts' log-probs: verl overwrites the field when it scores the reference policy."""
+        fields = ["log_probs", "prompts"]
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        lengths = data["prompts"].offsets().diff() - 1
+        padded = data["log_probs"].to_padded_tensor(0)[:, : int(lengths.max())]
+        values = torch.where(torch.arange(padded.shape[1]) < lengths[:, None], padded, 0.0)
+        self._prompt_log_probs = dict(zip(batch.keys, values, strict=True))
+
+    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """verl's own stage (KL in the reward, rollout correction), with the estimator given by the stage."""
+        original = trainer_base.compute_advantage_for_multi_trajectories
+        estimate = partial(self._estimate, original)
+        with patch.object(trainer_base, "compute_advantage_for_multi_trajectories", estimate):
+            batch = super()._compute_advantage(batch, metrics)
+        self.plugins.hook.observe(run=self.run, batch=self._batch)
+        if self._batch.written:
+            batch = self._store(batch, self._batch)
+        metrics.update(group_health(self._batch.full))
+        metrics.update(self._group_metrics(self._batch.full))
+        self._drop_from_queue()
+        return batch
+
+    def _estimate(self, original: Any, data: Any, batch_keys: list[str], **kwargs: Any) -> Any:
+        """In the place of verl's function: the same result, from the stage `estimate_advantage`."""
+        rows = torch.tensor([row for row, key in enumerate(batch_keys) if not is_padding(key)])
+        keys = [batch_keys[row] for row in rows.tolist()]
+        known = {name: values[rows] for name, values in data.batch.items()}
+        known["rm_scores"] = known.pop("token_level_rewards")
+        if self._prompt_log_probs:
+            known["prompt_log_probs"] = torch.stack([self._prompt_log_probs[key] for key in keys])
+        full = self._full if len(keys) < len(self._full) else None
+        self._batch = batch = self._open(keys, known, full)
+
+        def verls_estimator() -> Tensor:
+            original(data, batch_keys=batch_keys, **kwargs)
+            return data.batch["advantages"][rows]
+
+        self.defaults.estimator = verls_estimator
+        advantages = self._checked(self.plugins.hook.estimate_advantage(run=self.run, batch=batch), batch)
+        whole = torch.zeros_like(data.batch["token_level_rewards"])
+        whole[rows] = advantages.to(whole.dtype) * batch.response_mask
+        data.batch["advantages"] = whole
+        if "returns" not in data.batch:
+            data.batch["returns"] = whole
+        batch._fields["advantages"] = whole[rows]
+        return data
+
+    @staticmethod
+    def _checked(advantages: Tensor, batch: Batch) -> Tensor:
+        if advantages.shape != batch.response_mask.shape:
+            raise DataError(
+                f"estimate_advantage returned shape {tuple(advantages.shape)}; expected [rows, tokens] "
+                f"{tuple(batch.response_mask.shape)}, see batch.to_tokens"
+            )
+        if not bool(torch.isfinite(advantages).all()):
+            row = int((~torch.isfinite(advantages)).any(1).nonzero()[0])
+            raise DataError(f"estimate_advantage returned a value that is not finite for row {batch.keys[row]}")
+        return advantages
+
+    def _group_metrics(self, batch: Batch) -> dict[str, float]:
+        """What `rollout_group` logged in the workers, averaged over groups."""
+        if not self.plugins.implements("rollout_group"):
+            return {}
+        logged: dict[str, list[float]] = {}
+        for fields in batch.extra("extra_fields"):
+            for key, value in fields.get(METRICS_FIELD, {}).items():
+                logged.setdefault(key, []).append(value)
+        return {key: float(np.mean(values)) for key, values in logged.items()}
+
+    def _drop_from_queue(self) -> None:
+        dropped = [key for key, gone in zip(self._full.keys, self._full.dropped.tolist(), strict=True) if gone]
+        if dropped:
+            tq.kv_clear(keys=dropped, partition_id="train")
+
+    # The update and the end of the step
+
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        batch.extra_info[STEP_KEY] = self.global_steps
+        with self._group_size():
+            batch = super()._update_actor(batch, metrics)
+        prefix = "actor/plugins/"
+        for key in [key for key in metrics if key.startswith(prefix)]:
+            metrics[key.removeprefix("actor/")] = metrics.pop(key)
+        return batch
+
+    def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> None:
+        super()._compute_metrics(batch, metrics, *args, **kwargs)
+        metrics.update(self.run.take_metrics())
+        self.plugins.hook.on_step_end(run=self.run, metrics=metrics)
+        metrics.update(self.run.take_metrics())
+        if self.reporter is not None:
+            self.reporter.step(self.global_steps, self.total_training_steps, metrics)
+
+    def _validate(self) -> dict[str, float]:
+        metrics = super()._validate()
+        if self.reporter is not None:
+            self.reporter.validation(self.global_steps, metrics)
+        return metrics
+
+    def fit(self, agent_loop_manager: Any) -> None:
+        super().fit(agent_loop_manager)
+        self.plugins.hook.on_train_end(run=self.run)
+
+    def stop(self, reason: str) -> None:
+        """End training after this step."""
+        self.total_training_steps = self.global_steps
+        if self.reporter is not None:
+            self.reporter.note(f"stopping after step {self.global_steps}: {reason}")
+
+    # Rollout servers between steps
+
+    def on_init_end(self) -> None:
+        super().on_init_end()
+        self._awake = True
+
+    def on_sample_end(self) -> None:
+        super().on_sample_end()
+        self._awake = False
+
+    def on_step_end(self) -> None:
+        super().on_step_end()
+        self._awake = True
+
+    @contextmanager
+    def awake_replicas(self) -> Iterator[None]:
+        """Rollout servers that answer, with the current weights, also while the actor is being trained."""
+        if self._awake:
+            yield
+            return
+        self.checkpoint_manager.update_weights(self.global_steps)
+        self.checkpoint_manager.resume_generation_replicas()
+        try:
+            yield
+        finally:
+            self.checkpoint_manager.sleep_replicas()
+
+    # State
+
+    def _save_checkpoint(self) -> None:
+        """Plugin state first: verl writes its "latest" marker at the end of its own saving."""
+        folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
+        states = {
+            "driver": {plugin.name: plugin.state_dict() for plugin in self.plugins},
+            "actor": self.actor_rollout_wg.plugin_state()[0],
+        }
+        checkpoint.save(folder, self.global_steps, self.rows.fingerprint, self.plugins, states)
+        super()._save_checkpoint()
+
+    def _load_plugin_state(self) -> None:
+        folder = self._checkpoint_folder()
+        states = checkpoint.load(folder, self.global_steps, self.rows.fingerprint, self.plugins)
+        for plugin in self.plugins:
+            if plugin.name in states["driver"]:
+                plugin.load_state_dict(states["driver"][plugin.name])
+        self.actor_rollout_wg.load_plugin_state(states["actor"])
+        if self.reporter is not None:
+            self.reporter.note(f"resuming after step {self.global_steps} from {folder}")
+
+    def _checkpoint_folder(self) -> Path:
+        trainer = self.config.trainer
+        if trainer.resume_mode == "resume_path":
+            return Path(trainer.resume_from_path)
+        return Path(trainer.default_local_dir) / f"global_step_{self.global_steps}"
+
+
+def _row_order(key: str) -> tuple[str, int, int]:
+    uid, session, turn = key.rsplit("_", 2)
+    return uid, int(session), int(turn)
+
+
+class PluginTrainerSync(Stages, PPOTrainerSync):
+    """verl's `sync` trainer with plugins."""
+
+
+class PluginTrainerColocateAsync(Stages, PPOTrainerColocateAsync):
+    """verl's `colocate_async` trainer with plugins."""
+
+
+TRAINERS = {"sync": PluginTrainerSync, "colocate_async": PluginTrainerColocateAsync}

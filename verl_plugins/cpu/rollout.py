@@ -1,0 +1,226 @@
+"""A rollout server on plain Transformers, for machines without vLLM or SGLang; it runs on the platform's device.
+
+Concurrent requests are gathered into waves and decoded together. A wave is ordered by seed and prompt, so that which
+request arrived first does not change what is generated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import ray
+import torch
+from omegaconf import DictConfig
+from transformers import AutoConfig, AutoModelForCausalLM
+from verl.plugin.platform import get_platform
+from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.device import get_device_name
+from verl.utils.torch_dtypes import PrecisionType
+from verl.workers.config import HFModelConfig, RolloutConfig
+from verl.workers.rollout.base import BaseRollout
+from verl.workers.rollout.replica import RolloutReplica, TokenOutput
+
+from verl_plugins.cpu.generation import Completion, Request, generate
+from verl_plugins.errors import DataError
+
+QUIET_SECONDS = 0.015
+"""A wave starts when no request has arrived for this long."""
+
+
+def _server_name(replica_rank: int) -> str:
+    return f"transformers_server_{replica_rank}"
+
+
+class ServerAdapter(BaseRollout):
+    """The training side: carries new weights from an actor worker to its server."""
+
+    def __init__(self, config, model_config, device_mesh, replica_rank: int = -1) -> None:
+        super().__init__(config, model_config, device_mesh)
+        rank = int(os.environ["RANK"])
+        self._is_leader = rank % self.config.tensor_model_parallel_size == 0
+        self._replica_rank = rank if replica_rank == -1 else replica_rank
+
+    async def resume(self, tags: list[str]) -> None:
+        """Nothing was released."""
+
+    async def release(self) -> None:
+        """The server keeps its weights; its KV cache lives for one wave only."""
+
+    async def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], global_steps: int | None = None, **_):
+        """Send all weights in buckets of the configured size, then the step they belong to."""
+        limit = self.config.checkpoint_engine.update_weights_bucket_megabytes << 20
+        server = ray.get_actor(_server_name(self._replica_rank)) if self._is_leader else None
+        for bucket in _buckets(weights, limit):
+            if server is not None:
+                await server.load_weights.remote(bucket)
+        if server is not None:
+            await server.set_global_steps.remote(global_steps)
+
+
+def _buckets(weights: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[dict[str, torch.Tensor]]:
+    bucket: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, tensor in weights:
+        bucket[name] = tensor.detach().to("cpu", copy=True)
+        size += bucket[name].nbytes
+        if size >= limit:
+            yield bucket
+            bucket, size = {}, 0
+    if bucket:
+        yield bucket
+
+
+class TransformersServer:
+    """The serving side: one model, one wave at a time."""
+
+    def __init__(self, config: DictConfig, model_config: DictConfig, threads: int | None) -> None:
+        if threads:
+            torch.set_num_threads(threads)
+        self.config: RolloutConfig = omega_conf_to_dataclass(config)
+        settings: HFModelConfig = omega_conf_to_dataclass(model_config)
+        self.tokenizer = settings.tokenizer
+        self.model = _build_model(self.config, settings).to(get_device_name()).eval()
+        self._weights = dict(self.model.named_parameters(remove_duplicate=False))
+        self._queue: asyncio.Queue[tuple[Request, asyncio.Future]] = asyncio.Queue()
+        self._running = asyncio.Event()
+        self._running.set()
+        self._model_lock = asyncio.Lock()
+        self._reject = False
+        self._global_steps: int | None = None
+        self._loop_task: asyncio.Task | None = None
+
+    async def ready(self) -> bool:
+        """Start serving."""
+        self._loop_task = asyncio.create_task(self._serve())
+        return True
+
+    async def generate(self, request_id: str, prompt_ids: list[int], sampling_params: dict[str, Any], **_: Any):
+        """Continue one prompt; an interrupted request comes back with what it has and stop_reason `aborted`."""
+        if self._reject and not self._running.is_set():
+            raise RuntimeError("the rollout server is leaving and takes no more requests")
+        await self._running.wait()
+        budget = self.config.response_length
+        if self.config.max_model_len:
+            budget = min(budget, self.config.max_model_len - len(prompt_ids))
+        if budget < 1:
+            raise DataError(
+                f"prompt of {len(prompt_ids)} tokens leaves no room for a response; raise rollout.max_model_len "
+                f"({self.config.max_model_len}) or filter the data"
+            )
+        request = Request.from_sampling_params(prompt_ids, sampling_params, budget)
+        future = asyncio.get_running_loop().create_future()
+        self._queue.put_nowait((request, future))
+        completion: Completion = await future
+        return TokenOutput(
+            token_ids=completion.token_ids,
+            log_probs=completion.log_probs,
+            stop_reason="completed" if completion.finished else "aborted",
+            extra_fields={"global_steps": self._global_steps},
+        )
+
+    async def _serve(self) -> None:
+        while True:
+            wave = await self._gather()
+            wave.sort(key=lambda item: (item[0].seed or 0, item[0].prompt_ids))
+            try:
+                async with self._model_lock:
+                    requests = [request for request, _ in wave]
+                    completions = await asyncio.to_thread(
+                        generate, self.model, self.tokenizer, requests, lambda: not self._running.is_set()
+                    )
+                for (_, future), completion in zip(wave, completions, strict=True):
+                    future.set_result(completion)
+            except Exception as error:
+                for _, future in wave:
+                    if not future.done():
+                        future.set_exception(error)
+
+    async def _gather(self) -> list[tuple[Request, asyncio.Future]]:
+        """All requests until none arrives for a moment, at most `rollout.max_num_seqs`."""
+        wave = [await self._queue.get()]
+        while len(wave) < self.config.max_num_seqs:
+            try:
+                wave.append(await asyncio.wait_for(self._queue.get(), QUIET_SECONDS))
+            except asyncio.TimeoutError:
+                break
+        return wave
+
+    async def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Copy new values into the model's parameters, between waves."""
+        async with self._model_lock:
+            with torch.no_grad():
+                for name, tensor in weights.items():
+                    if name not in self._weights:
+                        raise DataError(f"weight {name!r} of the actor does not exist in the rollout model")
+                    self._weights[name].copy_(tensor)
+
+    async def set_global_steps(self, global_steps: int | None) -> None:
+        self._global_steps = global_steps
+
+    async def abort_all_requests(self, reject_request: bool = False) -> None:
+        """Interrupt the current wave; requests that arrive wait, or fail when asked to, until generation resumes."""
+        self._reject = reject_request
+        self._running.clear()
+
+    async def resume_generation(self) -> None:
+        self._reject = False
+        self._running.set()
+
+    async def wake_up(self, tags: list[str] | None = None) -> None: ...
+    async def sleep(self) -> None: ...
+    async def clear_kv_cache(self) -> None: ...
+    async def release_kv_cache(self) -> None: ...
+    async def resume_kv_cache(self) -> None: ...
+    async def start_profile(self, **_: Any) -> None: ...
+    async def stop_profile(self) -> None: ...
+
+
+def _build_model(config: RolloutConfig, settings: HFModelConfig) -> torch.nn.Module:
+    """The model in the rollout's dtype; with load_format `dummy` its weights wait for the first weight sync."""
+    dtype = PrecisionType.to_dtype(config.dtype)
+    options = {"trust_remote_code": settings.trust_remote_code}
+    if config.load_format != "dummy":
+        return AutoModelForCausalLM.from_pretrained(settings.local_path, dtype=dtype, **options)
+    hf_config = AutoConfig.from_pretrained(settings.local_path, **options)
+    return AutoModelForCausalLM.from_config(hf_config, dtype=dtype, **options)
+
+
+class TransformersReplica(RolloutReplica):
+    """One server per replica; a replica is one rank, since the server does not shard the model."""
+
+    async def launch_servers(self) -> None:
+        if self.world_size != 1:
+            raise DataError(
+                f"rollout.name transformers serves one device per replica, not {self.world_size}: set "
+                "tensor_model_parallel_size, data_parallel_size and pipeline_model_parallel_size to 1"
+            )
+        on_cpu = get_device_name() == "cpu"
+        options = {"name": _server_name(self.replica_rank), "max_concurrency": self.max_concurrency, "num_cpus": 0}
+        if not on_cpu:
+            options |= await self._beside_worker()
+        threads = os.cpu_count() if on_cpu else None
+        server = ray.remote(TransformersServer).options(**options).remote(self.config, self.model_config, threads)
+        await server.ready.remote()
+        self.servers = [server]
+        self._server_handle = server
+        self._server_address = _server_name(self.replica_rank)
+
+    async def _beside_worker(self) -> dict[str, Any]:
+        """Actor options that put the server on its worker's node and show it that worker's device."""
+        node, device = await self.workers[0].__ray_call__.remote(_whereabouts)
+        platform = get_platform()
+        env = {
+            **dict.fromkeys(platform.ray_noset_envvars(), "1"),
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            platform.visible_devices_envvar(): str(device),
+        }
+        affinity = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+        return {"scheduling_strategy": affinity, "runtime_env": {"env_vars": env}}
+
+
+def _whereabouts(_: Any) -> tuple[str, str]:
+    context = ray.get_runtime_context()
+    return context.get_node_id(), context.get_accelerator_ids()[get_platform().ray_resource_name()][0]

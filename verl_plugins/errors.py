@@ -1,0 +1,37 @@
+"""Every error a user of this package can meet. Each message is one sentence: what is wrong, where, what would be right.
+
+PluginError
+├── CompositionError   recipe, plugins, settings or data do not fit together; raised before any process starts
+├── DataError          a batch holds what a method cannot use (NaN reward, missing field, ±1 where 0/1 is needed)
+└── StateError         a checkpoint's plugin state does not belong to this run
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PluginError(Exception):
+    """Base of all errors this package raises on purpose."""
+
+
+class CompositionError(PluginError):
+    """Recipe, plugins, settings or data do not fit together."""
+
+
+class DataError(PluginError):
+    """A batch holds what a method cannot use."""
+
+
+class StateError(PluginError):
+    """Saved plugin state does not belong to this run."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint to append to an error: `; did you mean 'vade'?`, or the list of valid names when nothing is close."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(known)}" if known else ""

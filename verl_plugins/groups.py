@@ -1,0 +1,171 @@
+"""Statistics per group, broadcast back to rows, without a Python loop over rows or groups.
+
+Notation: B rows, G groups. A group is the responses of one draw of a prompt (one `uid`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+
+class Groups:
+    """The partition of B rows into groups.
+
+    Every statistic takes values [B], is computed over the counted rows of each group and comes back as [B], one value
+    per row of the group. A group without counted rows gives 0. Where all counted values of a group are equal, the mean
+    is that very value, and the centred values and the deviation are exactly 0: no rounding makes such a group non-zero.
+    Computed in float64 on the CPU; floating values keep their dtype, of integers mean and std are float32.
+
+    Args:
+        labels: [B] group of each row: strings or integers, in any order.
+        counted: [B] bool, rows that count; None counts all. Sessions with several outputs count their last one.
+    """
+
+    def __init__(self, labels: Sequence | np.ndarray | Tensor, counted: Tensor | None = None) -> None:
+        if isinstance(labels, Tensor):
+            labels = labels.numpy()
+        elif not isinstance(labels, np.ndarray):
+            labels = np.asarray(labels, dtype=object)
+        codes, self.labels = pd.factorize(labels)
+        self._codes = codes.astype(np.int64, copy=False)
+        self.index = torch.from_numpy(self._codes)
+        """[B] group number of each row, in order of first appearance; `labels` [G] has the label of each group."""
+        if counted is not None and counted.shape != self.index.shape:
+            raise ValueError(f"counted has shape {tuple(counted.shape)}, labels have {tuple(self.index.shape)}")
+        self.counted = None if counted is None or bool(counted.all()) else counted.bool()
+        self._counted = slice(None) if self.counted is None else self.counted.numpy()
+        self._rows = self._codes[self._counted]
+        """[counted rows] group number of each row that counts."""
+        self._size = np.bincount(self._rows, minlength=len(self))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def count(self) -> Tensor:
+        """[B] int64: how many counted rows the group has."""
+        return torch.from_numpy(self._size[self._codes])
+
+    def sum(self, values: Tensor) -> Tensor:
+        """[B] sum over the group."""
+        return self._spread(self._sum(self._pick(values)), values.dtype if values.is_floating_point() else torch.int64)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """[B] mean over the group; the common value itself where all are equal."""
+        return self._spread(self._mean(self._pick(values)), _float(values))
+
+    def centre(self, values: Tensor) -> Tensor:
+        """[B] value minus the group's mean; exactly 0 where all are equal."""
+        mean = self._mean(self._pick(values))
+        return torch.from_numpy(self._array(values) - mean[self._codes]).to(_float(values))
+
+    def std(self, values: Tensor, unbiased: bool = True) -> Tensor:
+        """[B] standard deviation; exactly 0 where all are equal and for groups of one."""
+        picked = self._pick(values)
+        centred = picked - self._mean(picked)[self._rows]
+        degrees = np.maximum(self._size - int(unbiased), 1)
+        return self._spread(np.sqrt(self._sum(centred * centred) / degrees), _float(values))
+
+    def min(self, values: Tensor) -> Tensor:
+        """[B] smallest value of the group."""
+        return self._spread(self._column(self._sorted(values), np.zeros_like(self._size)), values.dtype)
+
+    def max(self, values: Tensor) -> Tensor:
+        """[B] largest value of the group."""
+        return self._spread(self._column(self._sorted(values), self._size - 1), values.dtype)
+
+    def median(self, values: Tensor) -> Tensor:
+        """[B] lower median (as torch.median): always a value that occurs in the group."""
+        return self._spread(self._column(self._sorted(values), (self._size - 1) // 2), values.dtype)
+
+    def rank(self, values: Tensor) -> Tensor:
+        """[B] float32: how many counted values of the group are smaller, plus half of the other equal ones.
+
+        0 for the smallest of distinct values, count-1 for the largest; ties share their average. Uncounted rows get
+        their group's place among the counted values in the same way.
+        """
+        counted = np.ones(len(self.index)) if self.counted is None else self.counted.numpy().astype(np.float64)
+        ties = pd.factorize(self._array(values), sort=True)[0] + self._codes * len(values)
+        ties, tie = np.unique(ties, return_inverse=True)
+        equal = np.bincount(tie, counted, minlength=len(ties))
+        smaller = (np.cumsum(equal) - equal)[tie] - (np.cumsum(self._size) - self._size)[self._codes]
+        return torch.from_numpy(smaller + (equal[tie] - counted) / 2).float()
+
+    def any(self, flags: Tensor) -> Tensor:
+        """[B] bool: whether any counted row of the group has the flag."""
+        return self._spread(self._sum(self._pick(flags)) > 0, torch.bool)
+
+    def all(self, flags: Tensor) -> Tensor:
+        """[B] bool: whether every counted row of the group has the flag (false for a group without counted rows)."""
+        return self._spread((self._sum(self._pick(flags)) == self._size) & (self._size > 0), torch.bool)
+
+    def first(self, flags: Tensor) -> Tensor:
+        """[B] bool: true on one counted row per group, the first in row order that has the flag."""
+        flags = flags.bool() if self.counted is None else flags.bool() & self.counted
+        rows = np.flatnonzero(flags.numpy())
+        found = torch.zeros(len(flags), dtype=torch.bool)
+        found[rows[np.unique(self._codes[rows], return_index=True)[1]]] = True
+        return found
+
+    # Below, values are float64 arrays: [counted rows], or [G] once reduced.
+
+    def _array(self, values: Tensor) -> np.ndarray:
+        if values.shape != self.index.shape:
+            raise ValueError(f"a group statistic takes one value per row: {len(self.index)}, got {tuple(values.shape)}")
+        return values.detach().double().numpy()
+
+    def _pick(self, values: Tensor) -> np.ndarray:
+        return self._array(values)[self._counted]
+
+    def _spread(self, per_group: np.ndarray, dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(per_group).to(dtype).index_select(0, self.index)
+
+    def _sum(self, picked: np.ndarray) -> np.ndarray:
+        return np.bincount(self._rows, picked, minlength=len(self))
+
+    def _mean(self, picked: np.ndarray) -> np.ndarray:
+        # Measured from one member of each group: where all are equal, nothing but zeros is summed.
+        if not len(picked):
+            return np.zeros(len(self))
+        member = picked[self._member]
+        return member + self._sum(picked - member[self._rows]) / np.maximum(self._size, 1)
+
+    @cached_property
+    def _member(self) -> np.ndarray:
+        """[G] one counted row of each group, as a place among the counted rows."""
+        member = np.zeros(len(self), dtype=np.int64)
+        member[self._rows] = np.arange(len(self._rows))
+        return member
+
+    @cached_property
+    def _slots(self) -> np.ndarray:
+        """[counted rows] place of each counted row in the [G,K] table of `_sorted`, K the size of the largest group."""
+        narrow = self._rows.astype(np.uint16) if len(self) < 1 << 16 else self._rows  # numpy sorts 16 bits by radix
+        order = np.argsort(narrow, kind="stable")
+        start = np.cumsum(self._size) - self._size
+        slots = np.empty_like(order)
+        slots[order] = np.arange(len(order)) - np.repeat(start, self._size)
+        return self._rows * self._width + slots
+
+    @property
+    def _width(self) -> int:
+        return int(self._size.max(initial=1))
+
+    def _sorted(self, values: Tensor) -> np.ndarray:
+        """[G,K] the counted values of each group in ascending order, then +inf."""
+        table = np.full(len(self) * self._width, np.inf)
+        table[self._slots] = self._pick(values)
+        return np.sort(table.reshape(len(self), self._width), axis=1)
+
+    def _column(self, table: np.ndarray, place: np.ndarray) -> np.ndarray:
+        found = table[np.arange(len(self)), np.maximum(place, 0)]
+        return np.where(self._size > 0, found, 0.0)
+
+
+def _float(values: Tensor) -> torch.dtype:
+    return values.dtype if values.is_floating_point() else torch.float32

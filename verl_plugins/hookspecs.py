@@ -1,0 +1,115 @@
+"""The stages of a training step, in the order they run: the map of the system.
+
+A plugin implements the stages it needs, with any subset of the arguments, in any order. "First result" stages take the
+answer of one plugin; the others call all. Any stage may be wrapped with `@hookimpl(wrapper=True)`. An implementation
+marked `trylast` on a first-result stage is a default: any other plugin replaces it.
+
+Driver process: all stages but four. Agent-loop workers: `rollout_group`. Reward workers: `score_answer`.
+Actor workers: `policy_loss`, `loss_terms`, `optimizer_step`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from verl_plugins.batch import Batch, Tokens
+    from verl_plugins.services import Actor, Answer, Prompt, Prompts, Rollout, Run, Verdict
+
+API_VERSION = 1
+"""Grows when a stage changes in a way that breaks plugins written for an earlier one."""
+
+PROJECT = "verl_plugins"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec(firstresult=True)
+def select_prompts(run: Run, count: int) -> Sequence[int] | None:
+    """Choose the `count` dataset rows (prompt ids, distinct) to ask next; default: verl's own shuffled pass."""
+
+
+@hookspec
+def prepare_prompts(run: Run, prompts: Prompts) -> None:
+    """Edit the drawn training prompts in place: messages, group size, length budget, greedy or sampled."""
+
+
+@hookspec(firstresult=True)
+async def rollout_group(
+    run: Run, prompt: Prompt, sample: Callable[..., Awaitable[list[Rollout]]]
+) -> list[Rollout] | None:
+    """Generate the responses of one draw of a prompt; `await sample(n)` rolls out and scores n without publishing."""
+
+
+@hookspec(firstresult=True)
+def score_answer(answer: Answer) -> Verdict | None:
+    """Score one response; None leaves it to the next plugin and at last to verl's own reward function."""
+
+
+@hookspec
+def shape_rewards(run: Run, batch: Batch) -> None:
+    """Change rewards with the whole batch in sight: `batch.rewards = …`; `batch.correct` keeps the raw verdict."""
+
+
+@hookspec
+def select_rows(run: Run, batch: Batch) -> None:
+    """Drop rows before padding and balancing: `batch.drop(mask)`; later stages see the rest, `batch.full` sees all."""
+
+
+@hookspec(firstresult=True)
+def estimate_advantage(run: Run, batch: Batch) -> Tensor | None:
+    """The advantage, [rows, tokens]; a wrapper re-weights whatever estimator the run has."""
+
+
+@hookspec
+def observe(run: Run, batch: Batch) -> None:
+    """Learn from or log the outcomes of the step, after the advantage is known and before the actor is updated."""
+
+
+@hookspec(firstresult=True)
+def policy_loss(tokens: Tokens) -> Tensor | None:
+    """Per-token loss, [rows, tokens], before aggregation; a wrapper re-weights it. Called once per micro-batch."""
+
+
+@hookspec
+def loss_terms(tokens: Tokens) -> dict[str, Tensor] | None:
+    """Named per-token terms, [rows, tokens], aggregated like the policy loss, added to it and logged."""
+
+
+@hookspec
+def optimizer_step(actor: Actor) -> float | None:
+    """Wrap the actor's optimiser step (gradients are accumulated); the inner result is the gradient norm."""
+
+
+@hookspec
+def on_step_end(run: Run, metrics: dict[str, Any]) -> None:
+    """All metrics of the step are known: report, add to them, or `run.stop(reason)`."""
+
+
+@hookspec
+def on_train_end(run: Run) -> None:
+    """Training ended normally."""
+
+
+FIRST_RESULT = ("select_prompts", "rollout_group", "score_answer", "estimate_advantage", "policy_loss")
+STAGES = (
+    "select_prompts",
+    "prepare_prompts",
+    "rollout_group",
+    "score_answer",
+    "shape_rewards",
+    "select_rows",
+    "estimate_advantage",
+    "observe",
+    "policy_loss",
+    "loss_terms",
+    "optimizer_step",
+    "on_step_end",
+    "on_train_end",
+)
+"""All stages in the order they run."""

@@ -1,0 +1,243 @@
+"""Recipes and presets: YAML files found through entry points, described, and combined.
+
+A recipe has the root keys `recipe` (what it is), `plugins` (what it switches on) and verl overrides, nested as in
+verl's configuration. A preset (in the folder `presets` beside the recipes) has `preset` instead, no plugins, and may have a
+section `cpu` of its own. A key written `+key` is added where verl's configuration does not have it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from verl_plugins import manifest
+from verl_plugins.errors import CompositionError, nearest
+from verl_plugins.hookspecs import STAGES
+
+RECIPE_KEYS = ("title", "arxiv", "summary", "stages", "results", "status", "authors")
+PRESET_KEYS = ("title", "summary", "env", "prepare")
+Path_ = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One recipe file."""
+
+    name: str
+    file: Path
+    distribution: str
+    title: str = ""
+    arxiv: str = ""
+    summary: str = ""
+    stages: list[str] = field(default_factory=list)
+    results: str = ""
+    status: str = ""
+    authors: dict[str, Any] = field(default_factory=dict)
+    """What the authors trained with and the recipe leaves to the user: model, data, batch sizes, learning rate."""
+    plugins: dict[str, dict[str, Any]] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """verl settings, nested."""
+    broken: str = ""
+
+
+@dataclass(frozen=True)
+class Combination:
+    """Recipes that fit together."""
+
+    parts: tuple[Recipe, ...]
+    plugins: dict[str, dict[str, Any]]
+    """United settings, in the order the plugins act."""
+
+    @property
+    def name(self) -> str:
+        """As on the command line: `vade+clip_cov`."""
+        return "+".join(part.name for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One preset file: hardware, model and data."""
+
+    name: str
+    file: Path
+    distribution: str
+    title: str = ""
+    summary: str = ""
+    env: dict[str, str] = field(default_factory=dict)
+    """Environment variables the run starts with."""
+    prepare: str = ""
+    """`module:function` that makes model and data before the first run."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    broken: str = ""
+
+
+Item = TypeVar("Item", Recipe, Preset)
+
+
+def recipes() -> list[Recipe]:
+    """Every installed recipe, duplicates and broken ones included, by name."""
+    found = [_recipe(path, owner) for path, owner in _files("*.yaml")]
+    return sorted(found, key=lambda recipe: (recipe.name, recipe.distribution))
+
+
+def presets() -> list[Preset]:
+    """Every installed preset, by name."""
+    found = [_preset(path, owner) for path, owner in _files("presets/*.yaml")]
+    return sorted(found, key=lambda preset: (preset.name, preset.distribution))
+
+
+def find_recipe(name: str) -> Recipe:
+    """The one usable recipe called `name`."""
+    return _one("recipe", name, recipes())
+
+
+def find_preset(name: str) -> Preset:
+    """The one usable preset called `name`."""
+    return _one("preset", name, presets())
+
+
+def combine(names: Sequence[str]) -> Combination:
+    """Several recipes as one: plugins united in the order given, equal keys must agree."""
+    parts = tuple(find_recipe(name) for name in dict.fromkeys(names))
+    plugins: dict[str, Any] = {}
+    seen: dict[Path_, tuple[Any, Recipe]] = {}
+    for part in parts:
+        for path, value in leaves({"plugins": part.plugins, **part.overrides}):
+            _agree(path, value, part, seen)
+        for path, value in leaves(part.plugins):
+            put(plugins, path, value)
+    return Combination(parts, plugins)
+
+
+def leaves(tree: Mapping[str, Any], above: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
+    """(path, value) of everything that is not a mapping with keys."""
+    for key, value in tree.items():
+        path = (*above, str(key))
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, path)
+        else:
+            yield path, value
+
+
+def put(tree: dict[str, Any], path: Path_, value: Any) -> None:
+    """Set a leaf of a nested mapping; an empty mapping never replaces a filled one."""
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    if value == {} and isinstance(value, dict):
+        tree.setdefault(path[-1], {})
+    else:
+        tree[path[-1]] = value
+
+
+def _agree(path: Path_, value: Any, part: Recipe, seen: dict[Path_, tuple[Any, Recipe]]) -> None:
+    if value == {} and isinstance(value, dict):
+        return
+    before, other = seen.setdefault(path, (value, part))
+    if before != value or type(before) is not type(value):
+        key = ".".join(path)
+        raise CompositionError(
+            f"recipes {other.name} and {part.name} disagree on {key}: {before!r} and {value!r}; "
+            f"they can be combined only where equal keys have equal values"
+        )
+
+
+def _one(kind: str, name: str, known: Sequence[Item]) -> Item:
+    found = [item for item in known if item.name == name]
+    if not found:
+        raise CompositionError(f"there is no {kind} {name!r}{nearest(name, {item.name for item in known})}")
+    if len(found) > 1:
+        owners = " and ".join(f"{item.distribution} ({item.file})" for item in found)
+        raise CompositionError(f"{kind} {name!r} is brought by {owners}: uninstall one of them")
+    if found[0].broken:
+        raise CompositionError(found[0].broken)
+    return found[0]
+
+
+def _files(pattern: str) -> list[tuple[Path, str]]:
+    usable = [folder for folder in manifest.folders() if not folder.broken]
+    return [(path, folder.distribution) for folder in usable for path in sorted(folder.path.glob(pattern))]
+
+
+def _recipe(path: Path, owner: str) -> Recipe:
+    try:
+        tree = _read(path)
+        about = _about(tree, "recipe", RECIPE_KEYS, path)
+        plugins = _plugins(tree.pop("plugins", None) or {}, path)
+        if unknown := [stage for stage in about.get("stages", []) if stage not in STAGES]:
+            raise CompositionError(f"{path}: recipe.stages has {unknown[0]!r}{nearest(unknown[0], STAGES)}")
+        about["arxiv"] = str(about.get("arxiv", ""))
+        return Recipe(path.stem, path, owner, **about, plugins=plugins, overrides=tree)
+    except CompositionError as error:
+        return Recipe(path.stem, path, owner, broken=str(error))
+
+
+def _preset(path: Path, owner: str) -> Preset:
+    try:
+        tree = _read(path)
+        about = _about(tree, "preset", PRESET_KEYS, path)
+        about["env"] = _env(about.get("env") or {}, path)
+        if "plugins" in tree:
+            raise CompositionError(f"{path}: plugins belong in a recipe, not in a preset")
+        if not re.fullmatch(r"([\w.]+:\w+)?", about.get("prepare", "")):
+            raise CompositionError(f"{path}: preset.prepare is {about['prepare']!r}: it must be 'module:function'")
+        return Preset(path.stem, path, owner, **about, overrides=tree)
+    except CompositionError as error:
+        return Preset(path.stem, path, owner, broken=str(error))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CompositionError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise CompositionError(f"{path}: the file must be a mapping")
+    return tree
+
+
+def _about(tree: dict[str, Any], root: str, known: Sequence[str], path: Path) -> dict[str, Any]:
+    about = tree.pop(root, None)
+    if not isinstance(about, dict):
+        raise CompositionError(f"{path}: the root key {root!r} is missing or not a mapping")
+    for key in about:
+        if key not in known:
+            raise CompositionError(f"{path}: {root}.{key} is not a key{nearest(str(key), known)}")
+    return about
+
+
+def _plugins(section: Any, path: Path) -> dict[str, dict[str, Any]]:
+    if not isinstance(section, dict):
+        raise CompositionError(f"{path}: plugins must be a mapping of plugin name to settings")
+    for name, settings in section.items():
+        if not isinstance(settings or {}, dict):
+            raise CompositionError(f"{path}: plugins.{name} is {settings!r}: it must be a mapping of settings")
+    return {name: settings or {} for name, settings in section.items()}
+
+
+def _env(env: Any, path: Path) -> dict[str, str]:
+    if not isinstance(env, dict):
+        raise CompositionError(f"{path}: preset.env must be a mapping of variable to value")
+    for name, value in env.items():
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise CompositionError(f"{path}: preset.env.{name} is {value!r}: it must be text or a number")
+    return {name: str(value) for name, value in env.items()}
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    """YAML as verl's own files are read: `1e-6` is a number, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+)

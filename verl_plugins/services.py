@@ -1,0 +1,190 @@
+"""What a hook is handed besides the batch: the run, prompts, rollouts, answers, the actor.
+
+These are the types plugins are written against; `bridge/` provides them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from verl_plugins.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from omegaconf import DictConfig
+    from torch import Tensor
+
+    from verl_plugins.batch import Batch
+
+
+class Dataset(Protocol):
+    """The training prompts."""
+
+    fingerprint: str
+    """Changes when rows, their order or their columns change."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, prompt_id: int) -> dict[str, Any]: ...
+
+
+class Run(Protocol):
+    """The running training, as one plugin sees it."""
+
+    config: DictConfig
+    """The whole composed configuration."""
+    step: int
+    """The training step, from 1."""
+    tokenizer: Any
+    dataset: Dataset
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Add metrics to this step; `key` appears as `plugins/<plugin>/<key>`."""
+
+    def rng(self, name: str = "") -> np.random.Generator:
+        """This plugin's generator of this step, seeded by (run seed, step, plugin, name): the same after a resume."""
+
+    def in_flight(self) -> np.ndarray:
+        """Prompt ids drawn whose outcome has not arrived yet (always empty at selection time in `sync` mode)."""
+
+    def log_probs(self, batch: Batch, temperature: float | None = None) -> Tensor:
+        """[B,T] log-probs of the batch's responses under the current policy: an extra forward pass."""
+
+    def score(self, prompts: Sequence, targets: Sequence) -> list[Tensor]:
+        """Teacher-forced log-probs of each target's tokens after its prompt under the current policy.
+
+        Prompts are chat messages or token ids, targets are text or token ids.
+        """
+
+    def generate(
+        self, prompts: Sequence, n: int = 1, temperature: float | None = None, max_tokens: int | None = None
+    ) -> list[list[Generated]]:
+        """`n` responses per prompt (chat messages or token ids) from the rollout servers with current weights."""
+
+    def stop(self, reason: str) -> None:
+        """End training after this step."""
+
+
+@dataclass
+class Generated:
+    """One generated response."""
+
+    token_ids: list[int]
+    log_probs: list[float]
+    text: str
+
+
+class Prompt:
+    """One drawn prompt: a row of the dataset on its way to the rollout. Changes act on this draw only."""
+
+    def __init__(self, prompt_id: int, row: dict[str, Any]) -> None:
+        self.id = prompt_id
+        """Dataset row, stable over epochs."""
+        self.row = row
+        """Columns of the row by name; new or changed columns travel with every response (`batch.extra(name)`)."""
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The chat messages that are asked."""
+        return self.row["raw_prompt"]
+
+    @messages.setter
+    def messages(self, messages: list[dict[str, str]]) -> None:
+        self.row["raw_prompt"] = messages
+
+    @property
+    def group_size(self) -> int | None:
+        """Responses to generate for this draw; None means `rollout.n`."""
+        return self.row.get("__rollout_n__")
+
+    @group_size.setter
+    def group_size(self, size: int) -> None:
+        if size < 1:
+            raise DataError(f"prompt {self.id}: group_size must be at least 1, got {size}")
+        self.row["__rollout_n__"] = int(size)
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Response budget in tokens of this draw; None means `data.max_response_length`."""
+        return self.row.get("__max_tokens__")
+
+    @max_tokens.setter
+    def max_tokens(self, budget: int) -> None:
+        if budget < 1:
+            raise DataError(f"prompt {self.id}: max_tokens must be at least 1, got {budget}")
+        self.row["__max_tokens__"] = int(budget)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether this draw is decoded greedily."""
+        return not self.row.get("__do_sample__", True)
+
+    @greedy.setter
+    def greedy(self, greedy: bool) -> None:
+        self.row["__do_sample__"] = not greedy
+
+
+class Prompts(Sequence[Prompt]):
+    """The prompts drawn for one submission to the rollout."""
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self._prompts = list(prompts)
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __getitem__(self, index):
+        return self._prompts[index]
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(self._prompts)
+
+
+@dataclass
+class Rollout:
+    """One scored session that has not been published to the queue yet."""
+
+    text: str
+    response_ids: list[int]
+    score: float
+    correct: bool
+    truncated: bool
+    info: dict[str, Any]
+    """What the reward function said besides the score."""
+    outputs: Any
+    """verl's own outputs of the session: opaque, published as they are."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A response to be scored."""
+
+    text: str
+    ground_truth: Any
+    data_source: str
+    extra_info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Verdict:
+    """What a scorer says of an answer; numeric parts are kept and logged, all parts are in `batch.extra(name)`."""
+
+    score: float
+    correct: bool
+    parts: dict[str, Any] = field(default_factory=dict)
+
+
+class Actor(Protocol):
+    """The actor in its worker process, around one optimiser step; gradients are accumulated and not yet clipped."""
+
+    module: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int
+    """The training step, from 1."""
+    mini_batch: int
+    """Optimiser steps already made in this training step."""
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Add metrics; `key` appears as `plugins/<plugin>/<key>`, averaged over the mini-batches of the step."""

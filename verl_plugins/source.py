@@ -1,0 +1,133 @@
+"""A plugin class as its source file says it, without executing the module."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+
+class NotLiteral(Exception):
+    """The source says something that only executing it can tell."""
+
+
+def class_source(path: Path, name: str) -> ClassSource:
+    """The class `name` of the file; NotLiteral when it is imported from elsewhere, LookupError when there is none."""
+    module = ast.parse(path.read_text(encoding="utf-8"), filename=path.name)
+    for node in module.body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return ClassSource(module, node)
+    imported = {alias.asname or alias.name for node in module.body for alias in getattr(node, "names", [])}
+    if name in imported:
+        raise NotLiteral(f"{name} comes from another module")
+    raise LookupError(f"{path.name} has no class {name}")
+
+
+@dataclass(frozen=True)
+class ClassSource:
+    """A plugin class in the syntax tree of its module."""
+
+    module: ast.Module
+    node: ast.ClassDef
+
+    def __post_init__(self) -> None:
+        if [_last_name(base) for base in self.node.bases] != ["Plugin"]:
+            raise NotLiteral(f"{self.node.name} inherits from more than Plugin")
+
+    @property
+    def doc(self) -> str:
+        """Docstring of the module, else of the class."""
+        return ast.get_docstring(self.module) or ast.get_docstring(self.node) or ""
+
+    def attributes(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """Those of the class attributes that are assigned."""
+        return {name: self._value(node) for name, node in _assignments(self.node.body) if name in names}
+
+    def hooks(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(stage, options of its hookimpl) of each implementation."""
+        for node in self.node.body:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                for decorator in node.decorator_list:
+                    if _last_name(decorator) == "hookimpl":
+                        options = self._keywords(decorator)
+                        yield options.get("specname") or node.name, options
+
+    def settings(self) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
+        """(name, annotation, default, metadata) of each field of Config."""
+        for node in self._config().body if self._config() else []:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                default, metadata = self._default(node.value)
+                yield node.target.id, ast.unparse(node.annotation), default, metadata
+
+    def _config(self) -> ast.ClassDef | None:
+        found = [node for node in self.node.body if isinstance(node, ast.ClassDef) and node.name == "Config"]
+        if found and found[0].bases:
+            raise NotLiteral("Config inherits from another class")
+        if not found and "Config" in dict(_assignments(self.node.body)):
+            raise NotLiteral("Config is made elsewhere")
+        return found[0] if found else None
+
+    def _default(self, node: ast.expr | None) -> tuple[Any, dict[str, Any]]:
+        if node is None:
+            return MISSING, {}
+        if not (isinstance(node, ast.Call) and _last_name(node) == "setting"):
+            return self._value(node), {}
+        given = self._keywords(node)
+        given.update(zip(("default", "doc"), map(self._value, node.args), strict=False))
+        return given.pop("default", MISSING), given
+
+    def _keywords(self, node: ast.expr) -> dict[str, Any]:
+        keywords = node.keywords if isinstance(node, ast.Call) else []
+        return {keyword.arg: self._value(keyword.value) for keyword in keywords if keyword.arg}
+
+    def _value(self, node: ast.expr) -> Any:
+        if isinstance(node, ast.Name) and node.id in self._constants:
+            node = self._constants[node.id]
+        if isinstance(node, ast.Call) and _last_name(node) == "frozenset":
+            return frozenset(self._value(node.args[0]) if node.args else ())
+        try:
+            return ast.literal_eval(node)
+        except ValueError:
+            raise NotLiteral(ast.unparse(node)) from None
+
+    @cached_property
+    def _constants(self) -> dict[str, ast.expr]:
+        return dict(_assignments(self.module.body))
+
+
+def missing_import(module: ast.Module) -> str:
+    """Why importing the module must fail: the first top-level package it imports that is not installed, or ''."""
+    for node in module.body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            names = [node.module]
+        for name in names:
+            package = name.split(".")[0]
+            if find_spec(package) is None:
+                return f"ModuleNotFoundError: No module named {package!r}"
+    return ""
+
+
+def _assignments(body: list[ast.stmt]) -> Iterator[tuple[str, ast.expr]]:
+    """(name, value) of `a = 1`, `a, b = 1, 2` and `a: int = 1`."""
+    for node in body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
+            yield node.target.id, node.value
+        elif isinstance(node, ast.Assign):
+            for target in node.targets:
+                if isinstance(target, ast.Name):
+                    yield target.id, node.value
+                elif isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                    names = [item.id for item in target.elts if isinstance(item, ast.Name)]
+                    yield from zip(names, node.value.elts, strict=False)
+
+
+def _last_name(node: ast.expr) -> str:
+    """`hookimpl` of `hookimpl`, `verl_plugins.hookimpl` and `hookimpl(…)`."""
+    if isinstance(node, ast.Call):
+        node = node.func
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
