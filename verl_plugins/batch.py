@@ -6,6 +6,7 @@ Notation: B rows (responses; synthetic padding rows are never among them), T the
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
@@ -112,6 +113,8 @@ class Batch:
     @cached_property
     def is_last(self) -> Tensor:
         """[B] bool: the last output of its session, the one whose verdict counts."""
+        if not self._several_outputs:
+            return torch.ones(len(self), dtype=torch.bool)
         return self.turn == self.sessions.max(self.turn)
 
     @cached_property
@@ -122,6 +125,14 @@ class Batch:
     @cached_property
     def _several_outputs(self) -> bool:
         return bool((self.turn != 0).any())
+
+    def of_session(self, values: Tensor) -> Tensor:
+        """[B] -> [B]: for every row the value of its session's last output."""
+        if not self._several_outputs:
+            return values
+        last = torch.empty(len(self.sessions), dtype=torch.int64)
+        last[self.sessions.index[self.is_last]] = self.is_last.nonzero()[:, 0]
+        return values[last[self.sessions.index]]
 
     # Fields
 
@@ -157,19 +168,19 @@ class Batch:
 
     @cached_property
     def _row_sums(self) -> Tensor:
-        # One pass: a sum is finite only if every term is.
-        sums = self._field("rm_scores").sum(-1)
-        if not bool(torch.isfinite(sums).all()):
-            row = int((~torch.isfinite(sums)).nonzero()[0])
-            raise DataError(f"field rm_scores: row {self.keys[row]} holds a reward that is not finite")
-        return sums
+        return self._finite(self._field("rm_scores").sum(-1), "field rm_scores: the sum of the rewards")
 
     @property
     def scores(self) -> Tensor:
         """[B] outcome of each row's session: the sum of the rewards of its last output."""
-        if not self._several_outputs:
-            return self._row_sums
-        return self.sessions.sum(self._row_sums * self.is_last)
+        return self.of_session(self._row_sums)
+
+    def _finite(self, values: Tensor, what: str) -> Tensor:
+        # A sum is finite only if every term is: looking for the row can wait until there is one.
+        if not math.isfinite(values.sum()):
+            for row in (~torch.isfinite(values)).nonzero()[:1, 0].tolist():
+                raise DataError(f"{what} of row {self.keys[row]} is {float(values[row])}, expected a finite number")
+        return values
 
     def _keep_raw_scores(self) -> None:
         self._fields.setdefault("raw_scores", self.scores)
@@ -271,9 +282,7 @@ class Batch:
 
     def to_tokens(self, values: Tensor) -> Tensor:
         """[B] -> [B,T] float32: each row's value on its generated tokens, 0 elsewhere."""
-        if not bool(torch.isfinite(values).all()):
-            row = int((~torch.isfinite(values)).nonzero()[0])
-            raise DataError(f"to_tokens: the value of row {self.keys[row]} is {float(values[row])}, not finite")
+        self._finite(values, "to_tokens: the value")
         # On the CPU bytes become floats six times as fast as bools do, and a product beats torch.where.
         return self.response_mask.view(torch.uint8).float().mul_(values.float()[:, None])
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
+from importlib.metadata import EntryPoint
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from verl_plugins import manifest
 from verl_plugins.errors import CompositionError, nearest
-from verl_plugins.override import apply, known_keys, nearest_key, one_line, parse, put_key
-from verl_plugins.recipe import Combination, Preset, Recipe, combine, find_preset, leaves
+from verl_plugins.override import apply, known_keys, nearest_key, one_line, parse, prefixes, put_key
+from verl_plugins.recipe import Preset, Recipe, combine, find_preset, leaves
 
 FREE_FORM = ("ray_kwargs.ray_init", "ray_kwargs.ray_init.runtime_env")
 """Sections whose keys verl passes on as they are, besides the empty ones (`{}`) of its configuration."""
@@ -53,19 +54,25 @@ class Composed:
 
 def compose(recipes: str, preset: str | None = None, overrides: Sequence[str] = ()) -> Composed:
     """Compose a run; CompositionError names the key and the file or override that does not fit."""
-    chosen = combine([name.strip() for name in recipes.split("+")])
-    base = find_preset(preset) if preset else None
+    installed = manifest.entries()
+    folders = manifest.folders(installed)
+    chosen = combine([name.strip() for name in recipes.split("+")], folders)
+    base = find_preset(preset, folders) if preset else None
     files = [file for file in (base, *chosen.parts) if file]
     parsed = [parse(text) for text in overrides]
     defaults = verl_config(_groups(files, parsed))
     config = defaults.copy()
     for file in files:
         _merge(config, file, _free_sections(defaults))
-    _switch_on(config, chosen)
+        for name, given in file.plugins.items():
+            _expanded(name, given, str(file.file), installed)
+    with open_dict(config):
+        config.plugins = OmegaConf.merge(base.plugins if base else {}, chosen.plugins)
+    _expand_plugins(config, installed)
     for item in parsed:
         if not _is_group(item.get_key_element(), item.value()):
-            apply(config, item)
-    _expand_plugins(config, "command line")
+            apply(config, item, installed)
+    _expand_plugins(config, installed)
     return Composed(
         config=config,
         recipe=chosen.name,
@@ -120,39 +127,33 @@ def _merge(config: DictConfig, file: Preset | Recipe, free: frozenset[str]) -> N
         above = {".".join(keys[:depth]) for depth in range(1, len(keys))}
         own = isinstance(file, Preset) and keys[0] in OWN_SECTIONS
         if not (own or above & free or any(key.startswith("+") for key in path)):
-            _must_exist(".".join(keys), known, str(file.file))
+            _must_exist(".".join(keys), known, file.file)
         put_key(config, ".".join(keys), value, known, str(file.file), add=True)
 
 
-def _must_exist(key: str, known: Mapping[str, Any], where: str) -> None:
-    if key not in known:
-        close = nearest_key(key, known)
-        hint = f"; did you mean {close!r}?" if close else "; to add it, write its name with a + in front"
-        raise CompositionError(f"{where}: verl's configuration has no key {key!r}{hint}")
+def _must_exist(key: str, known: Mapping[str, Any], file: Path) -> None:
+    if key in known:
+        return
+    first = next(name for name in prefixes(key) if name not in known)
+    close = nearest_key(key, known) or nearest_key(first, known)
+    hint = f"did you mean {close!r}, or " if close else ""
+    added = f"+{first.rpartition('.')[2]}"
+    raise CompositionError(f"{file}: verl's configuration has no key {first!r}; {hint}write {added!r} to add it")
 
 
-def _switch_on(config: DictConfig, chosen: Combination) -> None:
-    """Add the section `plugins`, every setting with its default, so that plain overrides reach them."""
-    for part in chosen.parts:
-        for name, given in part.plugins.items():
-            _expanded(name, given, str(part.file))
-    with open_dict(config):
-        config.plugins = chosen.plugins
-    _expand_plugins(config, chosen.name)
-
-
-def _expand_plugins(config: DictConfig, where: str) -> None:
-    """Give every plugin of the section all its settings."""
+def _expand_plugins(config: DictConfig, installed: Sequence[EntryPoint]) -> None:
+    """Give every plugin of the section all its settings, so that plain overrides reach them."""
     given = OmegaConf.to_container(config.plugins, resolve=False)
+    expanded = {name: _expanded(name, settings or {}, "command line", installed) for name, settings in given.items()}
     with open_dict(config):
-        config.plugins = {name: _expanded(name, settings or {}, where) for name, settings in given.items()}
+        config.plugins = expanded
     OmegaConf.set_struct(config, True)
 
 
-def _expanded(name: str, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _expanded(name: str, given: Mapping[str, Any], where: str, installed: Sequence[EntryPoint]) -> dict[str, Any]:
     """A plugin's settings, defaults filled in; unknown plugins and settings are refused here, values in `manager`."""
     try:
-        plugin = manifest.find(name)
+        plugin = manifest.find(name, installed)
     except CompositionError as error:
         raise CompositionError(f"{where}: {error}") from error
     known = {setting.name: setting.default for setting in plugin.settings}

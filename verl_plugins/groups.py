@@ -52,36 +52,42 @@ class Groups:
         return torch.from_numpy(self._size[self._codes])
 
     def sum(self, values: Tensor) -> Tensor:
-        """[B] sum over the group."""
+        """[B] sum over the group; of flags, how many rows have it."""
         return self._spread(self._sum(self._pick(values)), values.dtype if values.is_floating_point() else torch.int64)
 
     def mean(self, values: Tensor) -> Tensor:
         """[B] mean over the group; the common value itself where all are equal."""
-        return self._spread(self._mean(self._pick(values)), _float(values))
-
-    def centre(self, values: Tensor) -> Tensor:
-        """[B] value minus the group's mean; exactly 0 where all are equal."""
-        mean = self._mean(self._pick(values))
-        return torch.from_numpy(self._array(values) - mean[self._codes]).to(_float(values))
+        return self.moments(values)[0]
 
     def std(self, values: Tensor, unbiased: bool = True) -> Tensor:
         """[B] standard deviation; exactly 0 where all are equal and for groups of one."""
+        return self.moments(values, unbiased)[1]
+
+    def moments(self, values: Tensor, unbiased: bool = True) -> tuple[Tensor, Tensor]:
+        """[B] mean and [B] standard deviation, for the price of the latter."""
         picked = self._pick(values)
-        centred = picked - self._mean(picked)[self._rows]
-        degrees = np.maximum(self._size - int(unbiased), 1)
-        return self._spread(np.sqrt(self._sum(centred * centred) / degrees), _float(values))
+        # Measured from one member of each group: where all are equal, nothing but zeros is summed.
+        member = np.zeros(len(self))
+        member[self._rows] = picked
+        centred = picked - member[self._rows]
+        shift = self._sum(centred) / np.maximum(self._size, 1)
+        centred -= shift[self._rows]
+        centred *= centred
+        variance = self._sum(centred) / np.maximum(self._size - int(unbiased), 1)
+        dtype = values.dtype if values.is_floating_point() else torch.float32
+        return self._spread(member + shift, dtype), self._spread(np.sqrt(variance), dtype)
 
     def min(self, values: Tensor) -> Tensor:
         """[B] smallest value of the group."""
-        return self._spread(self._column(self._sorted(values), np.zeros_like(self._size)), values.dtype)
+        return self._ordered(values, np.zeros_like(self._size))
 
     def max(self, values: Tensor) -> Tensor:
         """[B] largest value of the group."""
-        return self._spread(self._column(self._sorted(values), self._size - 1), values.dtype)
+        return self._ordered(values, self._size - 1)
 
     def median(self, values: Tensor) -> Tensor:
         """[B] lower median (as torch.median): always a value that occurs in the group."""
-        return self._spread(self._column(self._sorted(values), (self._size - 1) // 2), values.dtype)
+        return self._ordered(values, (self._size - 1) // 2)
 
     def rank(self, values: Tensor) -> Tensor:
         """[B] float32: how many counted values of the group are smaller, plus half of the other equal ones.
@@ -128,44 +134,22 @@ class Groups:
     def _sum(self, picked: np.ndarray) -> np.ndarray:
         return np.bincount(self._rows, picked, minlength=len(self))
 
-    def _mean(self, picked: np.ndarray) -> np.ndarray:
-        # Measured from one member of each group: where all are equal, nothing but zeros is summed.
-        if not len(picked):
-            return np.zeros(len(self))
-        member = picked[self._member]
-        return member + self._sum(picked - member[self._rows]) / np.maximum(self._size, 1)
-
     @cached_property
-    def _member(self) -> np.ndarray:
-        """[G] one counted row of each group, as a place among the counted rows."""
-        member = np.zeros(len(self), dtype=np.int64)
-        member[self._rows] = np.arange(len(self._rows))
-        return member
-
-    @cached_property
-    def _slots(self) -> np.ndarray:
-        """[counted rows] place of each counted row in the [G,K] table of `_sorted`, K the size of the largest group."""
+    def _by_group(self) -> np.ndarray:
+        """[counted rows] their order when sorted by group."""
         narrow = self._rows.astype(np.uint16) if len(self) < 1 << 16 else self._rows  # numpy sorts 16 bits by radix
-        order = np.argsort(narrow, kind="stable")
-        start = np.cumsum(self._size) - self._size
-        slots = np.empty_like(order)
-        slots[order] = np.arange(len(order)) - np.repeat(start, self._size)
-        return self._rows * self._width + slots
+        return np.argsort(narrow, kind="stable")
 
-    @property
-    def _width(self) -> int:
-        return int(self._size.max(initial=1))
-
-    def _sorted(self, values: Tensor) -> np.ndarray:
-        """[G,K] the counted values of each group in ascending order, then +inf."""
-        table = np.full(len(self) * self._width, np.inf)
-        table[self._slots] = self._pick(values)
-        return np.sort(table.reshape(len(self), self._width), axis=1)
-
-    def _column(self, table: np.ndarray, place: np.ndarray) -> np.ndarray:
-        found = table[np.arange(len(self)), np.maximum(place, 0)]
-        return np.where(self._size > 0, found, 0.0)
-
-
-def _float(values: Tensor) -> torch.dtype:
-    return values.dtype if values.is_floating_point() else torch.float32
+    def _ordered(self, values: Tensor, place: np.ndarray) -> Tensor:
+        """[B] the group's value at `place` [G] in ascending order; 0 for a group without counted rows."""
+        grouped, largest = self._pick(values)[self._by_group], int(self._size.max(initial=1))
+        if len(grouped) == len(self) * largest:
+            table = grouped.reshape(-1, largest)
+        else:
+            table = np.full((len(self), largest), np.inf)
+            table[np.arange(largest) < self._size[:, None]] = grouped
+        table.sort(axis=1)
+        found = table[np.arange(len(self)), place]
+        if self.counted is not None:
+            found[self._size == 0] = 0
+        return self._spread(found, values.dtype)

@@ -33,7 +33,8 @@ SCOPED = ("run", "tokens", "actor")
 
 def build(section: Mapping[str, Any]) -> Plugins:
     """Load, check and configure the plugins of a section `{name: {setting: value}}`."""
-    found = {name: manifest.find(name) for name in section}
+    installed = manifest.entries()
+    found = {name: manifest.find(name, installed) for name in section}
     plugins = [instance(found[name], settings) for name, settings in section.items()]
     return Plugins(plugins, {name: item.owner for name, item in found.items()})
 

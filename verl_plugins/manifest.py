@@ -8,7 +8,7 @@ name is the plugin's. A class that cannot be read from its source (a computed de
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from importlib.machinery import PathFinder
 from importlib.metadata import EntryPoint, entry_points
@@ -99,7 +99,7 @@ class Folder:
 
 
 def entries() -> list[EntryPoint]:
-    """All entry points of the group, sorted by name and distribution."""
+    """All entry points of the group, by name and distribution: a scan of every installed package, so made once."""
     return sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, _owner(entry)))
 
 
@@ -108,19 +108,19 @@ def is_recipes(entry: EntryPoint) -> bool:
     return entry.name == "recipes" or entry.name.endswith((".recipes", "-recipes"))
 
 
-def manifests() -> list[Manifest]:
+def manifests(installed: Iterable[EntryPoint]) -> list[Manifest]:
     """Every installed plugin, duplicates and broken ones included."""
-    return [describe(entry) for entry in entries() if not is_recipes(entry)]
+    return [describe(entry) for entry in installed if not is_recipes(entry)]
 
 
-def folders() -> list[Folder]:
+def folders(installed: Iterable[EntryPoint]) -> list[Folder]:
     """Every installed folder of recipes."""
-    return [_folder(entry) for entry in entries() if is_recipes(entry)]
+    return [_folder(entry) for entry in installed if is_recipes(entry)]
 
 
-def find(name: str) -> Manifest:
+def find(name: str, installed: Iterable[EntryPoint]) -> Manifest:
     """The one usable plugin called `name`, or a CompositionError: unknown, brought twice, or broken."""
-    plugins = [entry for entry in entries() if not is_recipes(entry)]
+    plugins = [entry for entry in installed if not is_recipes(entry)]
     found = [describe(entry) for entry in plugins if entry.name == name]
     if not found:
         raise CompositionError(f"plugin {name!r} is not installed{nearest(name, {entry.name for entry in plugins})}")

@@ -33,9 +33,10 @@ def check(composed: Composed) -> Plugins:
     """
     config = composed.config
     try:
-        plugins = build(composed.plugins)
         _check_trainer(config)
         _check_missing(config, prepared=composed.prepare is not None)
+        config.plugins = composed.plugins  # interpolations resolved, the same in every process
+        plugins = build(composed.plugins)
         _check_loss(config, plugins)
         for plugin in plugins:
             for need in sorted(plugin.needs):

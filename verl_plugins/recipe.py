@@ -1,23 +1,23 @@
 """Recipes and presets: YAML files found through entry points, described, and combined.
 
 A recipe has the root keys `recipe` (what it is), `plugins` (what it switches on) and verl overrides, nested as in
-verl's configuration. A preset (in the folder `presets` beside the recipes) has `preset` instead, no plugins, and may have a
-section `cpu` of its own. A key written `+key` is added where verl's configuration does not have it.
+verl's configuration. A preset (in the folder `presets` beside the recipes) has `preset` instead of `recipe`, and may
+have a section `cpu` of its own. A key written `+key` is added where verl's configuration does not have it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from verl_plugins import manifest
 from verl_plugins.errors import CompositionError, nearest
 from verl_plugins.hookspecs import STAGES
+from verl_plugins.manifest import Folder
 
 RECIPE_KEYS = ("title", "arxiv", "summary", "stages", "results", "status", "authors")
 PRESET_KEYS = ("title", "summary", "env", "prepare")
@@ -72,6 +72,7 @@ class Preset:
     """Environment variables the run starts with."""
     prepare: str = ""
     """`module:function` that makes model and data before the first run."""
+    plugins: dict[str, dict[str, Any]] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
     broken: str = ""
 
@@ -79,31 +80,27 @@ class Preset:
 Item = TypeVar("Item", Recipe, Preset)
 
 
-def recipes() -> list[Recipe]:
+def recipes(folders: Iterable[Folder]) -> list[Recipe]:
     """Every installed recipe, duplicates and broken ones included, by name."""
-    found = [_recipe(path, owner) for path, owner in _files("*.yaml")]
+    found = [_recipe(path, owner) for path, owner in _files(folders, "*.yaml")]
     return sorted(found, key=lambda recipe: (recipe.name, recipe.distribution))
 
 
-def presets() -> list[Preset]:
+def presets(folders: Iterable[Folder]) -> list[Preset]:
     """Every installed preset, by name."""
-    found = [_preset(path, owner) for path, owner in _files("presets/*.yaml")]
+    found = [_preset(path, owner) for path, owner in _files(folders, "presets/*.yaml")]
     return sorted(found, key=lambda preset: (preset.name, preset.distribution))
 
 
-def find_recipe(name: str) -> Recipe:
-    """The one usable recipe called `name`."""
-    return _one("recipe", name, recipes())
-
-
-def find_preset(name: str) -> Preset:
+def find_preset(name: str, folders: Iterable[Folder]) -> Preset:
     """The one usable preset called `name`."""
-    return _one("preset", name, presets())
+    return _one("preset", name, presets(folders))
 
 
-def combine(names: Sequence[str]) -> Combination:
+def combine(names: Sequence[str], folders: Iterable[Folder]) -> Combination:
     """Several recipes as one: plugins united in the order given, equal keys must agree."""
-    parts = tuple(find_recipe(name) for name in dict.fromkeys(names))
+    known = recipes(folders)
+    parts = tuple(_one("recipe", name, known) for name in dict.fromkeys(names))
     plugins: dict[str, Any] = {}
     seen: dict[Path_, tuple[Any, Recipe]] = {}
     for part in parts:
@@ -158,8 +155,8 @@ def _one(kind: str, name: str, known: Sequence[Item]) -> Item:
     return found[0]
 
 
-def _files(pattern: str) -> list[tuple[Path, str]]:
-    usable = [folder for folder in manifest.folders() if not folder.broken]
+def _files(folders: Iterable[Folder], pattern: str) -> list[tuple[Path, str]]:
+    usable = [folder for folder in folders if not folder.broken]
     return [(path, folder.distribution) for folder in usable for path in sorted(folder.path.glob(pattern))]
 
 
@@ -181,11 +178,10 @@ def _preset(path: Path, owner: str) -> Preset:
         tree = _read(path)
         about = _about(tree, "preset", PRESET_KEYS, path)
         about["env"] = _env(about.get("env") or {}, path)
-        if "plugins" in tree:
-            raise CompositionError(f"{path}: plugins belong in a recipe, not in a preset")
+        plugins = _plugins(tree.pop("plugins", None) or {}, path)
         if not re.fullmatch(r"([\w.]+:\w+)?", about.get("prepare", "")):
             raise CompositionError(f"{path}: preset.prepare is {about['prepare']!r}: it must be 'module:function'")
-        return Preset(path.stem, path, owner, **about, overrides=tree)
+        return Preset(path.stem, path, owner, **about, plugins=plugins, overrides=tree)
     except CompositionError as error:
         return Preset(path.stem, path, owner, broken=str(error))
 

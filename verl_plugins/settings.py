@@ -23,7 +23,7 @@ _BOUNDS = {
 def typed(config_class: type, values: Mapping[str, Any] | None, where: str) -> Any:
     """An instance of the Config dataclass; `where` is the section's key, as in `plugins.vade`."""
     if not isinstance(values or {}, Mapping):
-        raise CompositionError(f"{where} is {values!r}: it must be a mapping of settings")
+        raise CompositionError(f"{where} is {_shown(values)}: it must be a mapping of settings")
     known = {field.name: field for field in dataclasses.fields(config_class) if field.init}
     hints = _hints(config_class, where)
     given = {}
@@ -64,7 +64,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
             return float(value) if kind is float else value
         if (get_origin(kind) or kind) in (list, tuple) and isinstance(value, (list, tuple)):
             return _sequence(value, kind, key)
-    raise CompositionError(f"{key} is {value!r}: it must be {_name(hint)}")
+    raise CompositionError(f"{key} is {_shown(value)}: it must be {_name(hint)}")
 
 
 def _alternatives(hint: Any) -> list[Any]:
@@ -103,10 +103,15 @@ def _is(value: Any, hint: Any) -> bool:
 def _within(value: Any, metadata: Mapping[str, Any], key: str) -> None:
     for name, (holds, words) in _BOUNDS.items():
         if value is not None and metadata.get(name) is not None and not holds(value, metadata[name]):
-            raise CompositionError(f"{key} is {value!r}: it must be {words} {metadata[name]!r}")
+            raise CompositionError(f"{key} is {_shown(value)}: it must be {words} {metadata[name]!r}")
     choices = metadata.get("choices")
     if choices and value not in choices:
-        raise CompositionError(f"{key} is {value!r}: it must be one of {', '.join(map(repr, choices))}")
+        raise CompositionError(f"{key} is {_shown(value)}: it must be one of {', '.join(map(repr, choices))}")
+
+
+def _shown(value: Any) -> str:
+    """A value as YAML writes it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _name(hint: Any) -> str:

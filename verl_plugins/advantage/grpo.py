@@ -20,8 +20,8 @@ from verl_plugins import Batch, CompositionError, Groups, Plugin, Run, hookimpl,
 
 def grpo_advantage(scores: Tensor, groups: Groups, scale: str = "std", epsilon: float = 1e-6) -> Tensor:
     """Scores [rows] -> advantage [rows]; 0 in groups of one and where all scores of the group are equal."""
-    centred = groups.centre(scores)
-    return centred if scale == "none" else centred / (groups.std(scores) + epsilon)
+    mean, std = groups.moments(scores)
+    return scores - mean if scale == "none" else (scores - mean) / (std + epsilon)
 
 
 class Grpo(Plugin):
@@ -33,7 +33,7 @@ class Grpo(Plugin):
     @dataclass
     class Config:
         scale: str = setting("std", "divide by the group's std, or by nothing (Dr.GRPO)", choices=("std", "none"))
-        epsilon: float = setting(1e-6, "added to the std", ge=0)
+        epsilon: float = setting(1e-6, "added to the std", gt=0)
 
     def check(self, config: DictConfig) -> None:
         n = OmegaConf.select(config, "actor_rollout_ref.rollout.n")

@@ -56,7 +56,9 @@ def load(checkpoint: Path, step: int, fingerprint: str, plugins: Iterable[Plugin
     """
     folder = checkpoint / FOLDER
     if not (folder / "state.json").is_file():
-        raise StateError(f"checkpoint {checkpoint} has no plugin state ({FOLDER}/state.json); resume it with plain verl")
+        raise StateError(
+            f"checkpoint {checkpoint} has no plugin state ({FOLDER}/state.json); resume it with plain verl"
+        )
     manifest = json.loads((folder / "state.json").read_text())
     _check(folder, manifest, step, fingerprint, {plugin.name: plugin.version for plugin in plugins})
     arrays = load_file(folder / "arrays.safetensors")
@@ -79,7 +81,8 @@ def _check(folder: Path, manifest: dict, step: int, fingerprint: str, versions: 
         )
     if set(saved) != set(versions):
         raise StateError(
-            f"{folder}: saved with plugins {_names(saved)}, this run has {_names(versions)}; resume with the same recipe"
+            f"{folder}: saved with plugins {_names(saved)}, this run has {_names(versions)}; "
+            "resume with the same recipe"
         )
     for name, version in versions.items():
         if saved[name] != version:

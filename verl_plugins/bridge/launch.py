@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,12 +24,15 @@ VERSIONS = ("verl-plugins", "verl", "torch", "transformers", "ray", "TransferQue
 
 
 def launch(composed: Any, out: Path, verbose: bool = False) -> int:
-    """Train; returns the exit code. Everything of the run is in folder `out`, which is resumed if it has checkpoints."""
+    """Train; returns the exit code. All of the run is in folder `out`, which is resumed if it has checkpoints."""
     started = time.time()
     out = Path(out).absolute()
     out.mkdir(parents=True, exist_ok=True)
     os.environ.update({RUN_VARIABLE: "1", "TOKENIZERS_PARALLELISM": "false", **composed.env})
     config = finish(composed.config, out)
+    if composed.prepare:
+        module, _, function = composed.prepare.partition(":")
+        getattr(importlib.import_module(module), function)(config)
     write_run_folder(config, out)
     with Terminal(out / LOG_FILE, verbose) as terminal:
         terminal.console.print(f"{composed.recipe}: run folder {out}, full log in {LOG_FILE}")
@@ -66,24 +72,62 @@ def write_run_folder(config: DictConfig, out: Path) -> None:
 
 
 def train(config: DictConfig, reporter: Reporter) -> None:
-    """Start Ray if needed and run verl's task runner in this process, with our trainers and agent loop."""
+    """Run verl's task runner in this process, with our trainers and agent loop, on a Ray cluster."""
+    local = config.trainer.device == "cpu" and config.trainer.nnodes == 1
+    with _local_ray(config) if local else _ray(config):
+        from verl_plugins.bridge.runner import PluginTaskRunner
+
+        PluginTaskRunner(reporter).run(config)
+
+
+@contextmanager
+def _ray(config: DictConfig, **options: Any) -> Iterator[None]:
+    """Ray with verl's runtime environment: the cluster this process is connected to, or what `ray_kwargs` asks for."""
     import ray
+
+    _validate(config)
+    if ray.is_initialized():
+        yield
+        return
     from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
+
+    settings = {**OmegaConf.to_container(config.ray_kwargs.get("ray_init", {}), resolve=True), **options}
+    asked = {key: value for key, value in (settings.pop("runtime_env", None) or {}).items() if value is not None}
+    runtime = {**get_ppo_ray_runtime_env(config), **asked}
+    runtime["env_vars"] = {**runtime["env_vars"], "TRANSFER_QUEUE_ENABLE": "1"}
+    ray.init(**settings, runtime_env=runtime)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _local_ray(config: DictConfig) -> Iterator[None]:
+    """A Ray node of this run's own, started while this process imports; its workers are forked from this process."""
+    from verl_plugins.cpu import head
+
+    settings = config.ray_kwargs.ray_init
+    with head.started(settings.num_cpus, settings.num_gpus) as node:
+        for module in ("torch", "transformers", "datasets", "pandas"):
+            importlib.import_module(module)
+        node.announce()
+        from verl_plugins.cpu import preload
+
+        for module in preload.MODULES:
+            importlib.import_module(module)
+        with preload.Preload() as workers:
+            runtime = {"py_executable": workers.py_executable}
+            options = {"address": node.address, "num_cpus": None, "num_gpus": None, "include_dashboard": None}
+            with _ray(config, **options, runtime_env=runtime):
+                yield
+
+
+def _validate(config: DictConfig) -> None:
+    """verl's own checks."""
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import validate_config
     from verl.utils.device import auto_set_device
 
     auto_set_device(config)
     validate_config(config, need_reference_policy(config), need_critic(config))
-    if not ray.is_initialized():
-        environment = get_ppo_ray_runtime_env(config)
-        environment["env_vars"] |= {"TRANSFER_QUEUE_ENABLE": "1"}
-        settings = OmegaConf.to_container(config.ray_kwargs.get("ray_init", {}), resolve=True)
-        asked = {key: value for key, value in (settings.pop("runtime_env", None) or {}).items() if value is not None}
-        ray.init(**settings, runtime_env={**environment, **asked})
-    from verl_plugins.bridge.runner import PluginTaskRunner
-
-    try:
-        PluginTaskRunner(reporter).run(config)
-    finally:
-        ray.shutdown()

@@ -113,7 +113,7 @@ class PluginLoss:
 
     def _extra(self, name: str) -> Any:
         """A queue field of the micro-batch; token-level ones as wide as the responses."""
-        if name not in self._data.keys():
+        if name not in self._data:
             raise DataError(f"field {name!r} did not reach the loss; put it with batch.put or declare it in needs")
         value = self._data[name]
         if not isinstance(value, Tensor):
@@ -133,6 +133,7 @@ class PluginLoss:
 def _checked(values: Tensor, tokens: Tokens, stage: str) -> Tensor:
     if values.shape != tokens.log_probs.shape:
         raise DataError(
-            f"{stage} returned shape {tuple(values.shape)}; expected one value per token {tuple(tokens.log_probs.shape)}"
+            f"{stage} returned shape {tuple(values.shape)}; expected one value per token, "
+            f"{tuple(tokens.log_probs.shape)}"
         )
     return values

@@ -7,6 +7,7 @@ group that is rolled again ever reaches the trainer.
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +16,18 @@ import numpy as np
 import ray
 import transfer_queue as tq
 from omegaconf import OmegaConf
+from verl.experimental.agent_loop.agent_loop import DictConfigWrap, ToolListWrap
+from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 from verl.trainer.ppo.v1 import agent_loop_tq
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ, apply_greedy_sampling_params
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from verl_plugins import manager
 from verl_plugins.bridge.queue import prompt_id_of
+from verl_plugins.bridge.rows import RewardBatcher, session_rows
 from verl_plugins.services import Prompt, Rollout
 
+SINGLE_TURN = "single_turn_agent"
 METRICS_FIELD = "plugin_metrics"
 """Metrics logged during `rollout_group` travel to the driver in this part of a row's extra fields."""
 
@@ -42,6 +48,8 @@ class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
         self.plugins = manager.build(OmegaConf.to_container(self.config.plugins))
         self._seeded = self.rollout_config.name == "transformers" or self.rollout_config.full_determinism
         self._has_group_control = self.plugins.implements("rollout_group")
+        self._scorer = RewardBatcher(self.reward_loop_worker_handles)
+        self._single_turn: SingleTurnAgentLoop | None = None
 
     async def _run_prompt(self, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool = False) -> None:
         """verl's entry: one prompt, all sessions of its group, its status in the queue."""
@@ -71,18 +79,50 @@ class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
             sessions[0].outputs[-1].extra_fields[METRICS_FIELD] = run.metrics
         return sessions
 
+    async def _run_agent_loop(self, sampling_params: dict, trajectory: dict, *, agent_name: str, **columns: Any) -> Any:
+        """verl's own, except that its single-turn loop is set up once and copied instead of made from its settings."""
+        if agent_name != SINGLE_TURN:
+            return await super()._run_agent_loop(sampling_params, trajectory, agent_name=agent_name, **columns)
+        if self._single_turn is None:
+            self._single_turn = SingleTurnAgentLoop(
+                trainer_config=DictConfigWrap(config=self.config),
+                server_manager=self.llm_client,
+                tokenizer=self.tokenizer,
+                processor=self.processor,
+                hf_model_type=self.hf_model_type,
+                dataset_cls=self.dataset_cls,
+                data_config=DictConfigWrap(self.config.data),
+                tools=ToolListWrap(self.tools),
+            )
+        columns.pop("trace", None)
+        output = await copy.copy(self._single_turn).run(sampling_params, **columns)
+        return await self._agent_loop_postprocess(output, trajectory["validate"], **columns)
+
     async def _agent_loop_postprocess(self, output: Any, validate: bool, **columns: Any) -> _Session | None:
         """Score a session's outputs and hand them back instead of publishing them."""
         outputs = output if isinstance(output, list) else [output]
         if not outputs:
             return None
-        await self._compute_score(outputs, kwargs=columns)
+        if self._scorer.takes(outputs):
+            await self._scorer.score(outputs[0], columns)
+        else:
+            await self._compute_score(outputs, kwargs=columns)
         return _Session(outputs, columns)
 
     async def _publish(self, sessions: list[_Session], validate: bool) -> None:
-        """Write the group's rows to the queue (verl's own code builds and stores them)."""
-        publish = super()._agent_loop_postprocess
-        await asyncio.gather(*[publish(session.outputs, validate, **session.columns) for session in sessions])
+        """Write all rows of the group to the queue at once."""
+        if self.distillation_enabled:
+            publish = super()._agent_loop_postprocess
+            await asyncio.gather(*[publish(session.outputs, validate, **session.columns) for session in sessions])
+            return
+        rows = [row for session in sessions for row in session_rows(self, session.outputs, session.columns)]
+        if rows:
+            await tq.async_kv_batch_put(
+                keys=[row.key for row in rows],
+                fields=list_of_dict_to_tensordict([row.fields for row in rows]),
+                tags=[row.tag for row in rows],
+                partition_id="val" if validate else "train",
+            )
 
 
 class _Group:
@@ -151,7 +191,10 @@ class _Group:
     def _rollout(self, session: _Session) -> Rollout:
         last = session.outputs[-1]
         info = dict(last.extra_fields.get("reward_extra_info", {}))
-        tokenizer, limit = self._worker.tokenizer, self._params.get("max_tokens") or self._worker.config.data.max_response_length
+        tokenizer, limit = (
+            self._worker.tokenizer,
+            self._params.get("max_tokens") or self._worker.config.data.max_response_length,
+        )
         verdict = float(info.get("acc", last.reward_score))
         ended = bool(last.response_ids) and last.response_ids[-1] == tokenizer.eos_token_id
         return Rollout(

@@ -36,6 +36,7 @@ from verl_plugins.bridge.loss import STEP_KEY
 from verl_plugins.bridge.queue import QueueSource, is_padding, prompt_uid, write_fields
 from verl_plugins.bridge.rollout import METRICS_FIELD
 from verl_plugins.bridge.run import DriverRun, RowsOfDataset
+from verl_plugins.cpu.registration import ROLLOUT_NAME
 from verl_plugins.diagnostics.health import group_health
 from verl_plugins.errors import DataError
 from verl_plugins.services import Prompt, Prompts
@@ -60,6 +61,8 @@ class Stages:
         self._draws = (0, 0)
         self._rows_per_prompt: int | None = None
         self._prompt_log_probs: dict[str, Tensor] = {}
+        self._objects: set[str] | None = None
+        self._columns: set[str] = set()
         self._awake = False
         super().__init__(config)
 
@@ -164,7 +167,9 @@ class Stages:
         kept = [key for key, dropped in zip(batch.keys, self._full.dropped.tolist(), strict=True) if not dropped]
         if len(kept) < len(batch):
             batch = batch.select_keys(kept)
-        self._rows_per_prompt = len(kept) // prompts if len(kept) < len(self._full) and not len(kept) % prompts else None
+        self._rows_per_prompt = (
+            len(kept) // prompts if len(kept) < len(self._full) and not len(kept) % prompts else None
+        )
         with self._group_size():
             return super()._balance_batch(batch, metrics, **kwargs)
 
@@ -194,8 +199,19 @@ class Stages:
         stored.tags, stored.extra_info = meta.tags, meta.extra_info
         return stored
 
+    def _for_workers(self, batch: KVBatchMeta) -> KVBatchMeta:
+        """Send workers the tensors and what plugins declare in `needs`: objects cost more than the rest together."""
+        if self._objects is None:
+            row = tq.kv_batch_get(keys=batch.keys[:1], partition_id=batch.partition_id)
+            self._columns = set(row.keys())
+            self._objects = {name for name in self._columns if not isinstance(row[name], Tensor)}
+            if self.processor is not None:
+                self._objects -= {"multi_modal_inputs"}
+        batch.fields = sorted((set(batch.fields or self._columns) - self._objects) | (self.needs & self._objects))
+        return batch
+
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        batch = super()._compute_old_log_prob(batch, metrics)
+        batch = super()._compute_old_log_prob(self._for_workers(batch), metrics)
         if "prompt_log_probs" in self.needs:
             self._read_prompt_log_probs(batch)
         return batch
@@ -280,7 +296,7 @@ class Stages:
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         batch.extra_info[STEP_KEY] = self.global_steps
         with self._group_size():
-            batch = super()._update_actor(batch, metrics)
+            batch = super()._update_actor(self._for_workers(batch), metrics)
         prefix = "actor/plugins/"
         for key in [key for key in metrics if key.startswith(prefix)]:
             metrics[key.removeprefix("actor/")] = metrics.pop(key)
@@ -311,6 +327,16 @@ class Stages:
             self.reporter.note(f"stopping after step {self.global_steps}: {reason}")
 
     # Rollout servers between steps
+
+    def get_llm_client(self) -> Any:
+        """verl's client; a single server of ours is asked directly instead of through a load balancer."""
+        client = super().get_llm_client()
+        servers = self.llm_server_manager.server_handles
+        if self.config.actor_rollout_ref.rollout.name != ROLLOUT_NAME or len(servers) != 1:
+            return client
+        from verl_plugins.cpu.client import CLIENTS
+
+        return self.llm_server_manager.get_client(client_cls=CLIENTS[type(client)], server=servers[0])
 
     def on_init_end(self) -> None:
         super().on_init_end()

@@ -1,4 +1,4 @@
-"""The tiny model of the CPU preset: a Qwen2 of about 0.56 million parameters and its byte-level tokenizer, made without any download."""
+"""The tiny model of the CPU preset, made without a download: a Qwen2 of 0.56 million parameters, one token a byte."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class ModelSettings:
     def __post_init__(self) -> None:
         if self.hidden_size % self.heads or self.heads % self.kv_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} must be a multiple of heads {self.heads}, and heads of kv_heads {self.kv_heads}."
+                f"hidden_size {self.hidden_size} must be a multiple of heads {self.heads}, "
+                f"and heads of kv_heads {self.kv_heads}."
             )
         if self.hidden_size // self.heads < MIN_HEAD_DIM:
             raise ValueError(f"A head is {self.hidden_size // self.heads} wide; the least is {MIN_HEAD_DIM}.")
@@ -63,7 +64,7 @@ def make_tokenizer() -> Qwen2TokenizerFast:
 
 
 def make_model(settings: ModelSettings = ModelSettings()) -> Qwen2ForCausalLM:
-    """A Qwen2 with random float32 weights that depend on ``settings`` alone; torch's global generator is left as it was."""
+    """A Qwen2 with random float32 weights that depend on ``settings`` alone; torch's global generator is not moved."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 

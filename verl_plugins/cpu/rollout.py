@@ -121,6 +121,10 @@ class TransformersServer:
             extra_fields={"global_steps": self._global_steps},
         )
 
+    async def generate_many(self, requests: list[dict[str, Any]]) -> list[TokenOutput | Exception]:
+        """`generate` for requests that arrived together; one that fails does not fail the others."""
+        return await asyncio.gather(*[self.generate(**request) for request in requests], return_exceptions=True)
+
     async def _serve(self) -> None:
         while True:
             wave = await self._gather()

@@ -1,4 +1,4 @@
-"""The task of the CPU preset: sums of digits such as ``3+4+9=``, harder with every large digit, in verl's parquet schema."""
+"""The task of the CPU preset: sums such as ``3+4+9=``, harder with every large digit, in verl's parquet schema."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ class TaskSettings:
     def __post_init__(self) -> None:
         if not (1 <= self.terms <= 5 and 1 <= self.large_from <= 9 and self.train_rows >= 1 and self.val_rows >= 1):
             raise ValueError(f"Out of range (terms 1 to 5, large_from 1 to 9, at least one row each): {self}.")
-        if self.train_rows + self.val_rows > 10**self.terms:
-            raise ValueError(f"{self.train_rows + self.val_rows} rows were asked for, but only {10**self.terms} different prompts exist.")
+        rows, prompts = self.train_rows + self.val_rows, 10**self.terms
+        if rows > prompts:
+            raise ValueError(f"{rows} rows were asked for, but only {prompts} different prompts exist.")
 
     @property
     def levels(self) -> int:
@@ -54,7 +55,7 @@ def all_sums(settings: TaskSettings) -> list[Sum]:
 
 
 def split_sums(settings: TaskSettings) -> tuple[list[Sum], list[Sum]]:
-    """Train and held-out sums, all different, in random order, with the levels as even as the number of prompts allows."""
+    """Train and held-out sums, all different, in random order, levels as even as the number of prompts allows."""
     rng = random.Random(settings.seed)
     by_level: list[list[Sum]] = [[] for _ in range(settings.levels)]
     for item in all_sums(settings):
@@ -77,7 +78,7 @@ def split_sums(settings: TaskSettings) -> tuple[list[Sum], list[Sum]]:
 
 
 def write_task(folder: Path, settings: TaskSettings = TaskSettings()) -> tuple[Path, Path]:
-    """Write ``train.parquet`` and ``val.parquet`` into ``folder`` and return their paths; equal settings give equal bytes."""
+    """Write ``train.parquet`` and ``val.parquet`` into ``folder``, return their paths; equal settings, equal bytes."""
     import pyarrow
     import pyarrow.parquet
 

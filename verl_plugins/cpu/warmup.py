@@ -1,8 +1,8 @@
-"""Supervised warm-up of the tiny model with a noisy teacher, and the cache that makes it a matter of the first run only.
+"""Supervised warm-up of the tiny model with a noisy teacher, and the cache that makes it a matter of one run.
 
-Reinforcement learning sharpens what a model can already do. So the model first learns to add, from a teacher that is right,
-and then to be unsure, from a teacher whose accuracy falls with the level: prompts differ in difficulty from the start, and
-most right answers have some probability that reinforcement learning can raise.
+Reinforcement learning sharpens what a model can already do. So the model first learns to add, from a teacher that is
+right, and then to be unsure, from a teacher whose accuracy falls with the level: prompts differ in difficulty from the
+start, and most right answers have some probability that reinforcement learning can raise.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ Answers = dict[tuple[int, ...], float]
 class WarmupSettings:
     """The supervised phase.
 
-    ``teacher_accuracy[level]`` is how often the teacher is right in the end; else it is off by 1 to ``off_by``, either way.
-    For the first ``exact_until`` of the steps it is always right; by ``noisy_from`` it has fallen, linearly, to its accuracy.
+    ``teacher_accuracy[level]`` is how often the teacher is right in the end; else it is off by 1 to ``off_by``, either
+    way. For the first ``exact_until`` (a fraction) of the steps it is always right; at ``noisy_from`` its accuracy has
+    fallen, linearly, to that. ``threads`` is fixed because the weights depend on it in the last bits.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -61,7 +62,7 @@ class WarmupSettings:
         if min(self.steps, self.batch, self.off_by, self.threads) < 1 or self.lr <= 0:
             raise ValueError(f"steps, batch, off_by, threads and lr must be positive: {self}.")
         if not (0 <= self.exact_until < self.noisy_from <= 1 and all(0 <= p <= 1 for p in self.teacher_accuracy)):
-            raise ValueError(f"Accuracies and parts of the steps must be in 0 to 1, exact_until before noisy_from: {self}.")
+            raise ValueError(f"Accuracies and fractions must be in 0 to 1, exact_until before noisy_from: {self}.")
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,13 @@ def show_progress(steps: Sequence[int]) -> Iterable[int]:
 def warm_up(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    settings: WarmupSettings = WarmupSettings(),
-    task: TaskSettings = TaskSettings(),
+    settings: WarmupSettings,
+    task: TaskSettings,
     progress: Progress | None = None,
 ) -> None:
-    """Train ``model`` in place on the teacher's answers to random prompts that are not held out. No global state changes.
+    """Train ``model`` in place on the teacher's answers to random prompts that are not held out.
+
+    It draws from a generator of its own and puts torch's thread count back. ``progress`` None is silent.
 
     Raises:
         ValueError: if there is not one teacher accuracy for each level of the task, or no prompt is left to learn from.
@@ -118,15 +121,15 @@ def warm_up(
 
 def prepare(
     cache_dir: Path,
-    model: ModelSettings = ModelSettings(),
-    task: TaskSettings = TaskSettings(),
-    warmup: WarmupSettings = WarmupSettings(),
+    model: ModelSettings,
+    task: TaskSettings,
+    warmup: WarmupSettings,
     progress: Progress | None = show_progress,
 ) -> Prepared:
     """The warmed-up model and its task from the cache, made first if they are not there.
 
-    A folder appears in the cache under its final name only when it is complete, so a kill leaves no half-made one, and of
-    two processes at once the first to finish wins.
+    A folder appears in the cache under its final name only when it is complete, so a kill leaves no half-made one, and
+    of two processes at once the first to finish wins.
     """
     folder = Path(cache_dir) / _key(model, task, warmup)
     prepared = Prepared(folder / "model", folder / "train.parquet", folder / "val.parquet")
@@ -151,7 +154,9 @@ def _key(*settings: ModelSettings | TaskSettings | WarmupSettings) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def _make(folder: Path, model: ModelSettings, task: TaskSettings, warmup: WarmupSettings, progress: Progress | None) -> None:
+def _make(
+    folder: Path, model: ModelSettings, task: TaskSettings, warmup: WarmupSettings, progress: Progress | None
+) -> None:
     """Write the task and the warmed-up model into ``folder``."""
     write_task(folder, task)
     tokenizer, network = make_tokenizer(), make_model(model)
@@ -177,8 +182,9 @@ class _Lessons:
     """Batches of prompts with the teacher's next-token probabilities."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: WarmupSettings, task: TaskSettings) -> None:
-        if len(settings.teacher_accuracy) != task.levels:
-            raise ValueError(f"{len(settings.teacher_accuracy)} teacher accuracies were given for {task.levels} levels.")
+        given = len(settings.teacher_accuracy)
+        if given != task.levels:
+            raise ValueError(f"{given} teacher accuracies were given for {task.levels} levels.")
         held_out = set(split_sums(task)[1])
         self.sums = [item for item in all_sums(task) if item not in held_out]
         if not self.sums:
@@ -191,9 +197,9 @@ class _Lessons:
         self.numbers = [(*tokenizer(str(number)).input_ids, tokenizer.eos_token_id) for number in range(highest + 1)]
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids (batch, length) and target probabilities (batch, length, vocabulary), zero where nothing is to be learnt.
+        """Token ids (batch, length) and target probabilities (batch, length, vocabulary), zero outside the answers.
 
-        The target is the teacher's whole distribution, given the answer so far, and not one draw: far less noise per step.
+        A target is the teacher's whole distribution, given the answer so far, and not one draw: far less noise.
         """
         import torch
 

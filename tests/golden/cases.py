@@ -1,0 +1,107 @@
+"""Reading a case so that nothing in it is overlooked, and building what the hooks take from it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from verl.trainer.ppo.core_algos import agg_loss
+
+from verl_plugins import Batch, Tokens
+
+MISSING = object()
+
+
+class Case:
+    """Inputs and params of a case; `check_all_read` fails on what the replay did not ask for."""
+
+    def __init__(self, inputs: dict[str, Any], params: dict[str, Any]) -> None:
+        self._parts = {"input": inputs, "parameter": params}
+        self._read: dict[str, set[str]] = {"input": set(), "parameter": set()}
+
+    def input(self, key: str, default: Any = MISSING) -> Any:
+        return self._get("input", key, default)
+
+    def param(self, key: str, default: Any = MISSING) -> Any:
+        return self._get("parameter", key, default)
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """An input as a float64 tensor."""
+        return torch.tensor(self.input(key), dtype=torch.float64)
+
+    def has(self, key: str) -> bool:
+        return key in self._parts["input"]
+
+    def _get(self, part: str, key: str, default: Any) -> Any:
+        self._read[part].add(key)
+        if key not in self._parts[part]:
+            assert default is not MISSING, f"the case has no {part} {key!r}"
+            return default
+        return self._parts[part][key]
+
+    def check_all_read(self) -> None:
+        for part, fields in self._parts.items():
+            unknown = set(fields) - self._read[part]
+            assert not unknown, f"this replay does not know {part} {sorted(unknown)}"
+
+
+class Rows:
+    """The batch of an advantage case, without synthetic padding rows (uid `pad…`): `on_all` puts them back."""
+
+    def __init__(self, case: Case) -> None:
+        uid = [str(name) for name in case.input("uid")]
+        self.real = torch.tensor([not name.startswith("pad") for name in uid])
+        places = self.real.nonzero()[:, 0].tolist()
+        optional = {"session": case.input("session_id", None), "turn": case.input("output_index", None)}
+        self.mask = torch.tensor(case.input("response_mask")).bool()
+        self.batch = Batch.from_tensors(
+            uid=[uid[row] for row in places],
+            rm_scores=case.tensor("token_level_rewards")[self.real],
+            response_mask=self.mask[self.real],
+            **{name: [values[row] for row in places] for name, values in optional.items() if values is not None},
+        )
+
+    def on_all(self, values: torch.Tensor, padding: float = 0.0) -> torch.Tensor:
+        """[rows of the batch, …] -> [rows of the case, …]."""
+        whole = torch.full((len(self.real), *values.shape[1:]), padding, dtype=torch.float64)
+        whole[self.real] = values.double()
+        return whole
+
+
+def make_tokens(case: Case, rng_seed: int | None = None, rows: torch.Tensor | None = None, **fields: Any) -> Tokens:
+    """The micro-batch of a loss case, log-probs with gradient; `advantages` and `config` come in `fields`."""
+    pick = slice(None) if rows is None else rows
+    tokens = Tokens(
+        log_probs=case.tensor("log_prob")[pick].requires_grad_(),
+        old_log_probs=case.tensor("old_log_probs")[pick],
+        response_mask=torch.tensor(case.input("response_mask"))[pick],
+        **fields,
+    )
+    if rng_seed is not None:
+        tokens.rng = lambda name="": torch.Generator().manual_seed(rng_seed)
+    return tokens
+
+
+def actor_config(case: Case, batch_num_tokens: int | None = None) -> SimpleNamespace:
+    """The settings of a loss case, as verl's actor config has them; `horizon` is the length some modes divide by."""
+    clip, dual = case.param("clip_ratio", 0.2), case.param("dual_clip", None)
+    settings = {
+        "clip_ratio": clip,
+        "clip_ratio_low": case.param("clip_ratio_low", clip),
+        "clip_ratio_high": case.param("clip_ratio_high", clip),
+        "clip_ratio_c": case.param("clip_ratio_c", dual) or 1e30,
+        "loss_agg_mode": case.param("loss_agg_mode", "token-mean"),
+        "global_batch_info": {
+            "batch_num_tokens": case.param("batch_num_tokens", batch_num_tokens),
+            "global_batch_size": case.param("global_batch_size", None),
+            "loss_scale_factor": case.param("loss_scale_factor", case.param("horizon", None)),
+            "dp_size": case.param("dp_size", 1),
+        },
+    }
+    return SimpleNamespace(**settings, get=settings.get)
+
+
+def aggregate(losses: torch.Tensor, mask: torch.Tensor, config: SimpleNamespace) -> torch.Tensor:
+    """verl's aggregation of a loss per token."""
+    return agg_loss(losses, mask, config.loss_agg_mode, **config.global_batch_info)

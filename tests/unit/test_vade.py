@@ -1,0 +1,253 @@
+"""VADE: belief per prompt, selection, two-scale forgetting."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from fakes import FakeDataset, FakeRun
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from verl_plugins import Batch, CompositionError, DataError, StateError
+from verl_plugins.sampling.vade import (
+    Vade,
+    decay_and_add,
+    draw,
+    expected_gain,
+    information_gain,
+    posterior_mean,
+    select,
+)
+
+FEW = settings(max_examples=60, deadline=None)
+
+
+def method(**options) -> Vade:
+    return Vade(Vade.Config(**options))
+
+
+def make_batch(*prompts: tuple[int, list[float]], **fields) -> Batch:
+    """One draw per (prompt id, scores)."""
+    scores = torch.tensor([score for _, scores in prompts for score in scores])[:, None]
+    uid = [f"{prompt}-1-{draw}" for draw, (prompt, scores) in enumerate(prompts) for _ in scores]
+    return Batch.from_tensors(uid=uid, rm_scores=scores, response_mask=torch.ones_like(scores), **fields)
+
+
+class TestSelect:
+    """The best, distinct, eligible, best first, ties by id."""
+
+    @FEW
+    @given(st.lists(st.integers(0, 8).map(lambda n: n / 8), min_size=1, max_size=40), st.data())
+    def test_against_sorting_everything(self, theta, data):
+        theta = np.array(theta)
+        eligible = np.array(data.draw(st.lists(st.booleans(), min_size=len(theta), max_size=len(theta))))
+        count = data.draw(st.integers(0, int(eligible.sum())))
+        gain = information_gain(theta)
+        expected = sorted(np.flatnonzero(eligible), key=lambda i: (-gain[i], i))[:count]
+        assert select(theta, eligible, count).tolist() == expected
+
+    def test_leaves_theta_alone(self):
+        theta = np.linspace(0, 1, 9)
+        select(theta, np.arange(9) > 3, 2)
+        assert (theta == np.linspace(0, 1, 9)).all()
+
+    def test_everything(self):
+        assert sorted(select(np.random.default_rng(0).random(7), None, 7)) == list(range(7))
+
+    def test_too_few(self, sentence):
+        with pytest.raises(DataError) as error:
+            select(np.zeros(4), np.array([True, False, False, True]), 3)
+        sentence(error.value, "3 prompts", "only 2 of 4")
+
+    def test_largest_score(self):
+        theta = np.linspace(0, 1, 3001)
+        assert theta[select(theta, None, 1)[0]] == pytest.approx(1 / 3)
+        assert theta[select(theta, None, 1, "variance")[0]] == pytest.approx(1 / 2)
+        assert information_gain(np.array([1 / 3]))[0] == pytest.approx(4 / 27)
+
+
+class TestBelief:
+    """Decay first, then add; nothing observed drifts to uniform."""
+
+    def test_decay_before_add(self):
+        alpha, beta = np.array([10.0, 10.0]), np.array([5.0, 5.0])
+        decay_and_add(alpha, beta, np.array([0]), np.array([3]), np.array([8]), 0.2, 0.5)
+        assert alpha.tolist() == [0.2 * 10 + 3, 5]
+        assert beta.tolist() == [0.2 * 5 + 5, 2.5]
+
+    def test_steady_state_of_a_prompt_always_asked(self):
+        alpha, beta = np.zeros(1), np.zeros(1)
+        for _ in range(50):
+            decay_and_add(alpha, beta, np.array([0]), np.array([2]), np.array([8]), 0.2, 0.999)
+        assert (alpha + beta)[0] == pytest.approx(8 / (1 - 0.2))
+
+    def test_half_life_and_drift_to_uniform(self):
+        alpha, beta, nobody = np.array([8.0]), np.array([1.0]), np.array([], dtype=int)
+        for step in range(10_000):
+            if step == 693:
+                assert alpha[0] == pytest.approx(4, rel=1e-3)
+            decay_and_add(alpha, beta, nobody, nobody, nobody, 0.2, 0.999)
+        assert posterior_mean(alpha, beta)[0] == pytest.approx(0.5, abs=1e-3)
+        assert expected_gain(alpha, beta)[0] == pytest.approx(1 / 12, abs=1e-3)
+
+    @pytest.mark.parametrize("score", ["infogain", "variance"])
+    def test_closed_forms(self, score):
+        alpha, beta = np.array([0.0, 3.0, 9.0]), np.array([0.0, 5.0, 0.5])
+        theta = draw(np.random.default_rng(0), np.tile(alpha, (200_000, 1)), np.tile(beta, (200_000, 1)))
+        np.testing.assert_allclose(theta.mean(0), posterior_mean(alpha, beta), atol=5e-3)
+        np.testing.assert_allclose(information_gain(theta, score).mean(0), expected_gain(alpha, beta, score), atol=2e-3)
+
+
+class TestEvidence:
+    """One verdict per session that came back, summed per prompt."""
+
+    def test_of_a_step(self):
+        plugin, run = method(), FakeRun(dataset=FakeDataset(10))
+        plugin.observe(run, make_batch((7, [1.0, 0.0, 1.0]), (2, [0.0, 0.0]), (7, [1.0])))
+        assert plugin.alpha[[2, 7]].tolist() == [0, 3]
+        assert plugin.beta[[2, 7]].tolist() == [2, 1]
+        assert run.metrics["effective_ratio"] == 0.5
+        assert run.metrics["solve_none"] == 0.5
+        assert run.metrics["solve_all"] == 0
+        assert run.metrics["seen_fraction"] == 0.2
+
+    def test_same_prompt_twice_decays_once(self):
+        plugin, run = method(lambda_selected=0.5), FakeRun(dataset=FakeDataset(3))
+        plugin._prepare(3)
+        plugin.alpha[1] = 8
+        plugin.observe(run, make_batch((1, [1.0]), (1, [0.0])))
+        assert (plugin.alpha[1], plugin.beta[1]) == (5, 1)
+
+    def test_rows_dropped_by_others_count(self):
+        full = make_batch((0, [1.0, 0.0]))
+        part = Batch.from_tensors(uid=["0-1-0"], rm_scores=torch.ones(1, 1), response_mask=torch.ones(1, 1), full=full)
+        plugin = method()
+        plugin.observe(FakeRun(dataset=FakeDataset(1)), part)
+        assert (plugin.alpha[0], plugin.beta[0]) == (1, 1)
+
+    def test_last_output_of_a_session(self):
+        batch = make_batch((0, [1.0, 0.0, 1.0]), session=[0, 0, 1], turn=[0, 1, 0])
+        ids, correct, n = method().evidence(batch)
+        assert (ids.tolist(), correct.tolist(), n.tolist()) == ([0], [1], [2])
+
+    def test_metric_and_threshold(self):
+        batch = make_batch((0, [1.0, 1.0, 1.0]), quality=[0.2, 0.8, 0.9])
+        assert method(metric="quality", correct_threshold=0.8).evidence(batch)[1].tolist() == [2]
+
+    def test_foreign_prompt(self):
+        with pytest.raises(DataError, match="not all among the 3"):
+            method().observe(FakeRun(dataset=FakeDataset(3)), make_batch((3, [1.0])))
+
+
+class TestSelectPrompts:
+    """The hook: own generator, nothing in flight, reproducible."""
+
+    def test_distinct_eligible_and_reproducible(self):
+        run = FakeRun(dataset=FakeDataset(50), flying=range(40))
+        ids = method().select_prompts(run, 8)
+        assert len(set(ids.tolist())) == 8
+        assert min(ids) >= 40
+        assert (method().select_prompts(run, 8) == ids).all()
+
+    def test_refill_of_a_step_continues_the_ranking(self):
+        run = FakeRun(dataset=FakeDataset(30))
+        whole = method().select_prompts(run, 6).tolist()
+        first = method().select_prompts(run, 4).tolist()
+        run.flying = first
+        assert first + method().select_prompts(run, 2).tolist() == whole
+
+    def test_greedy(self):
+        plugin, run = method(mode="greedy"), FakeRun(dataset=FakeDataset(3))
+        plugin._prepare(3)
+        plugin.alpha[:], plugin.beta[:] = [9, 2, 0], [0, 5, 9]
+        assert plugin.select_prompts(run, 1).tolist() == [1]
+        assert run.metrics["theta_selected_mean"] == pytest.approx(3 / 9)
+
+    def test_prefers_prompts_with_mixed_outcomes(self):
+        plugin, run = method(), FakeRun(dataset=FakeDataset(30))
+        plugin._prepare(30)
+        plugin.alpha[:10], plugin.beta[10:20] = 40, 40
+        plugin.alpha[20:], plugin.beta[20:] = 14, 26
+        assert (plugin.select_prompts(run, 10) >= 20).mean() > 0.8
+
+    def test_reselected(self):
+        plugin, run = method(mode="greedy"), FakeRun(dataset=FakeDataset(4))
+        plugin.select_prompts(run, 2)
+        assert run.metrics["reselected_fraction"] == 0
+        plugin.select_prompts(run, 4)
+        assert run.metrics["reselected_fraction"] == 0.5
+
+
+class TestState:
+    """What is saved suffices to go on identically."""
+
+    def test_round_trip(self):
+        run, plugin = FakeRun(dataset=FakeDataset(20)), method()
+        for run.step in (1, 2):
+            ids = plugin.select_prompts(run, 4)
+            plugin.observe(run, make_batch(*[(int(i), [1.0, 0.0, 0.0]) for i in ids]))
+        other = method()
+        other.load_state_dict(plugin.state_dict())
+        run.step = 3
+        assert other.step == 2
+        assert (other.select_prompts(run, 4) == plugin.select_prompts(run, 4)).all()
+        assert (other.alpha == plugin.alpha).all()
+        other.alpha[:] = 7
+        assert not (plugin.alpha == 7).any(), "the loaded arrays are its own"
+
+    def test_before_the_first_step(self):
+        other = method()
+        other.load_state_dict(method().state_dict())
+        assert len(other.select_prompts(FakeRun(dataset=FakeDataset(5)), 5)) == 5
+
+    def test_other_dataset(self, sentence):
+        plugin = method()
+        plugin._prepare(5)
+        with pytest.raises(StateError) as error:
+            plugin.select_prompts(FakeRun(dataset=FakeDataset(6)), 1)
+        sentence(error.value, "5 prompts", "6")
+
+
+class TestKnownOutcomes:
+    """`init_from`."""
+
+    def test_read(self, tmp_path):
+        path = tmp_path / "known.json"
+        path.write_text(json.dumps({"2": [3, 8], "0": [0, 4]}))
+        plugin = method(init_from=str(path), init_weight=0.5)
+        plugin._prepare(3)
+        assert (plugin.alpha.tolist(), plugin.beta.tolist()) == ([0, 0, 1.5], [2, 0, 2.5])
+
+    @pytest.mark.parametrize("known", [{"3": [1, 2]}, {"0": [3, 2]}, {"-1": [0, 1]}])
+    def test_refused(self, known, tmp_path, sentence):
+        path = tmp_path / "known.json"
+        path.write_text(json.dumps(known))
+        with pytest.raises(DataError) as error:
+            method(init_from=str(path))._prepare(3)
+        sentence(error.value, "prompt ids below 3")
+
+
+class TestCheck:
+    """Settings it cannot work with."""
+
+    def test_filter_groups(self, sentence):
+        with pytest.raises(CompositionError) as error:
+            method().check(OmegaConf.create({"algorithm": {"filter_groups": {"enable": True}}}))
+        sentence(error.value, "algorithm.filter_groups.enable=false")
+
+    def test_threshold_without_metric(self, sentence):
+        with pytest.raises(CompositionError) as error:
+            method(correct_threshold=0.8).check(OmegaConf.create({}))
+        sentence(error.value, "plugins.vade.metric")
+
+    def test_missing_file(self, sentence):
+        with pytest.raises(CompositionError) as error:
+            method(init_from="nowhere.json").check(OmegaConf.create({}))
+        sentence(error.value, "nowhere.json")
+
+    def test_fine(self):
+        method().check(OmegaConf.create({"algorithm": {"filter_groups": None}}))

@@ -1,0 +1,132 @@
+"""From agent-loop outputs to scored rows of the queue, many at a time.
+
+verl scores and stores each session on its own; here sessions that end together share one message to a reward worker,
+and a group is stored in one piece. What is stored is the same, field by field (a contract test compares the two).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+from verl.protocol import DataProto
+
+GATHER_SECONDS = 0.003
+
+
+@dataclass
+class Row:
+    """One row on its way into the queue."""
+
+    key: str
+    fields: dict[str, Any]
+    tag: dict[str, Any]
+
+
+def session_rows(worker: Any, outputs: Sequence[Any], columns: dict[str, Any]) -> list[Row]:
+    """The rows of one scored session: one per output, the reward of the last on all of them."""
+    last = outputs[-1]
+    rows = []
+    for turn, output in enumerate(outputs):
+        if output is not last and last.reward_score is not None:
+            output.reward_score = last.reward_score
+            output.extra_fields["reward_extra_info"] = last.extra_fields["reward_extra_info"]
+        rows.append(_row(worker, output, columns, turn))
+    return rows
+
+
+def _row(worker: Any, output: Any, columns: dict[str, Any], turn: int) -> Row:
+    fields = {**output.as_dict(), **columns}
+    fields.pop("multi_modal_data", None)
+    input_ids = torch.cat([fields["prompts"], fields["responses"]])
+    fields["loss_mask"] = fields["response_mask"]
+    fields["input_ids"] = input_ids
+    fields["multi_modal_inputs"] = worker._compute_multi_modal_inputs(output, input_ids)
+    fields["position_ids"] = _position_ids(worker, input_ids, fields["multi_modal_inputs"])
+    prompt_length, response_length = len(fields["prompts"]), len(fields["responses"])
+    tag = {
+        "status": "success",
+        "prompt_len": prompt_length,
+        "response_len": response_length,
+        "seq_len": prompt_length + response_length,
+        "global_steps": columns["global_steps"],
+        "min_global_steps": fields["extra_fields"].get("min_global_steps"),
+        "max_global_steps": fields["extra_fields"].get("max_global_steps"),
+    }
+    return Row(f"{columns['uid']}_{columns['session_id']}_{turn}", fields, tag)
+
+
+def _position_ids(worker: Any, input_ids: torch.Tensor, multi_modal_inputs: dict) -> torch.Tensor:
+    if worker.processor is None:
+        return torch.arange(len(input_ids))
+    mask = torch.ones_like(input_ids)[None]
+    return worker._compute_position_ids(input_ids[None], mask, multi_modal_inputs).squeeze(0)
+
+
+class RewardBatcher:
+    """Scores single-output sessions through verl's reward workers, gathering those that end together."""
+
+    def __init__(self, reward_workers: Sequence[Any] | None) -> None:
+        self._workers = reward_workers
+        self._waiting: list[tuple[Any, dict[str, Any], asyncio.Future]] = []
+
+    def takes(self, outputs: Sequence[Any]) -> bool:
+        """Whether this session can be scored here (verl does the others)."""
+        return self._workers is not None and len(outputs) == 1 and outputs[0].reward_score is None
+
+    async def score(self, output: Any, columns: dict[str, Any]) -> None:
+        """Set the output's reward and what the reward function said of it."""
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        self._waiting.append((output, columns, future))
+        if len(self._waiting) == 1:
+            loop.call_later(GATHER_SECONDS, lambda: loop.create_task(self._send()))
+        started = time.perf_counter()
+        result = await future
+        output.reward_score = result["reward_score"]
+        output.extra_fields["reward_extra_info"] = result["reward_extra_info"]
+        output.metrics.compute_score = time.perf_counter() - started
+
+    async def _send(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        try:
+            data = _reward_input([output for output, _, _ in waiting], [columns for _, columns, _ in waiting])
+            results = await random.choice(self._workers).compute_score_batch.remote(data)
+            for (_, _, future), result in zip(waiting, results, strict=True):
+                future.set_result(result)
+        except Exception as error:
+            for _, _, future in waiting:
+                if not future.done():
+                    future.set_exception(error)
+
+
+def _reward_input(outputs: Sequence[Any], columns: Sequence[dict[str, Any]]) -> DataProto:
+    """What verl's reward managers read: prompts padded on the left, responses on the right, and the rows' columns."""
+    prompts = [torch.tensor(output.prompt_ids) for output in outputs]
+    responses = [torch.tensor(output.response_ids) for output in outputs]
+    prompt_mask, response_mask = [[torch.ones_like(ids) for ids in rows] for rows in (prompts, responses)]
+    left, right = {"batch_first": True, "padding_side": "left"}, {"batch_first": True}
+    pad = torch.nn.utils.rnn.pad_sequence
+    batch = {"prompts": pad(prompts, **left), "responses": pad(responses, **right)}
+    batch["input_ids"] = torch.cat([batch["prompts"], batch["responses"]], dim=1)
+    batch["attention_mask"] = torch.cat([pad(prompt_mask, **left), pad(response_mask, **right)], dim=1)
+    batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    objects = {name: _objects([row[name] for row in columns]) for name in columns[0]}
+    objects["__num_turns__"] = np.array([output.num_turns for output in outputs])
+    objects["tool_extra_fields"] = _objects([output.extra_fields for output in outputs])
+    objects["prompt_len"] = np.array([len(ids) for ids in prompts])
+    objects["response_len"] = np.array([len(ids) for ids in responses])
+    return DataProto(batch=TensorDict(batch, batch_size=len(outputs)), non_tensor_batch=objects)
+
+
+def _objects(values: Sequence[Any]) -> np.ndarray:
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array

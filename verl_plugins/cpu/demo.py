@@ -1,0 +1,96 @@
+"""`verl-plugins demo`: train the recipe `vade` on the CPU preset, then say what happened in a table and a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+RECIPE, PRESET = "vade", "cpu"
+WINDOW = 5
+"""Steps averaged at the start and at the end of the run."""
+CURVES = {
+    "accuracy of the step's rollouts": "health/accuracy",
+    "mixed groups": "health/mixed_groups",
+    "entropy (nats per token)": "actor/entropy",
+    "seconds per step": "seconds",
+}
+
+
+def demo(out: Path) -> int:
+    """Train, then summarise; returns the exit code."""
+    from verl_plugins.bridge.launch import launch
+    from verl_plugins.compose import compose
+    from verl_plugins.needs import check
+
+    composed = compose(RECIPE, PRESET, ())
+    check(composed)
+    code = launch(composed, out=out)
+    if code == 0:
+        steps, validations = read_metrics(Path(out) / "metrics.jsonl")
+        Console().print(summary(steps, validations))
+        picture = draw(steps, validations, Path(out) / "curves.png")
+        Console().print(f"curves: {picture}")
+    return code
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[tuple[int, dict[str, float]]]]:
+    """Training steps and validations of a run's metrics file."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    validations = [(record["step"], record["validation"]) for record in records if "validation" in record]
+    return [record for record in records if "validation" not in record], validations
+
+
+def validation_accuracy(metrics: dict[str, float]) -> float:
+    """Mean accuracy of sampled answers."""
+    return next(value for key, value in metrics.items() if key.startswith("val-core/") and "/acc/mean@" in key)
+
+
+def summary(steps: Sequence[dict], validations: Sequence[tuple[int, dict]]) -> Table:
+    """Before and after."""
+    table = Table(title=f"{RECIPE} on the {PRESET} preset, {len(steps)} steps")
+    for heading in ("", "before", "after"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    if len(validations) > 1:
+        before, after = validation_accuracy(validations[0][1]), validation_accuracy(validations[-1][1])
+        table.add_row("accuracy of sampled answers, held-out prompts", f"{before:.3f}", f"{after:.3f}")
+    for title, key in list(CURVES.items())[1:3]:
+        first, last = _mean(steps[:WINDOW], key), _mean(steps[-WINDOW:], key)
+        table.add_row(f"{title} (mean of {WINDOW} steps)", f"{first:.3f}", f"{last:.3f}")
+    return table
+
+
+def _mean(steps: Sequence[dict], key: str) -> float:
+    return sum(step[key] for step in steps) / len(steps)
+
+
+def draw(steps: Sequence[dict], validations: Sequence[tuple[int, dict]], path: Path) -> Path:
+    """The curves of the run as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True)
+    numbers = [step["step"] for step in steps]
+    for axis, (title, key) in zip(axes.flat, CURVES.items(), strict=True):
+        values = [step[key] for step in steps]
+        if key == "seconds":
+            values[0] = float("nan")  # the first one holds the start of the run
+        axis.plot(numbers, values, label="training step")
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+    if validations:
+        points = [(step, validation_accuracy(metrics)) for step, metrics in validations]
+        axes.flat[0].plot(*zip(*points, strict=True), "o--", label="held-out prompts")
+        axes.flat[0].legend()
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path

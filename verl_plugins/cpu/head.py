@@ -1,0 +1,106 @@
+"""The Ray head node of one local run, started beside the imports of the driver and ended with it.
+
+It is started through `ray start --head --block`, on ports and in a folder of its own, with a random token, so that
+several runs on one machine keep out of each other's way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from verl_plugins.errors import PluginError
+
+FIRST_JOB = "01000000"
+"""The id a new cluster gives its first driver."""
+START_SECONDS = 60
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass
+class Head:
+    """A starting or running head node."""
+
+    address: str
+    process: subprocess.Popen
+
+    def raylet_pid(self) -> int:
+        """Wait until the raylet runs."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self.process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(self.process.pid).children(recursive=True):
+                    if child.name().startswith("raylet"):
+                        return child.pid
+            time.sleep(0.05)
+        raise PluginError("the local Ray node did not start; see verl.log in the run folder")
+
+    def announce(self) -> None:
+        """Tell the Ray library, which reads these once when it is loaded, whose worker this process may become."""
+        os.environ.update({"RAY_JOB_ID": FIRST_JOB, "RAY_RAYLET_PID": str(self.raylet_pid())})
+
+
+@contextmanager
+def started(num_cpus: int, num_gpus: int) -> Iterator[Head]:
+    """Start a head node; it is stopped, and its folder removed, at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="vp_"))
+    os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
+    port, client_port, agent_port = _free_ports(3)
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
+        *("--node-ip-address", "127.0.0.1", "--port", str(port), "--ray-client-server-port", str(client_port)),
+        *("--dashboard-agent-listen-port", str(agent_port), "--include-dashboard", "false", "--no-monitor"),
+        *("--num-cpus", str(num_cpus), "--num-gpus", str(num_gpus), "--temp-dir", str(folder)),
+    ]
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
+    try:
+        yield Head(f"127.0.0.1:{port}", process)
+    finally:
+        _stop(process)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """Ask the node to end its processes, and make sure of it."""
+    family = [process, *_family(process.pid)]
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=5)
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            member.kill()
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
