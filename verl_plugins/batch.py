@@ -189,13 +189,10 @@ class Batch:
     def correct(self) -> Tensor:
         """[B] bool: the verifier's verdict (`acc` of the reward function, else raw score ≥ 0.5), never shaped."""
         self._keep_raw_scores()
-        try:
-            verdict = torch.as_tensor([float(value) for value in self.extra("acc")])
-        except DataError:
-            verdict = self._fields["raw_scores"]
-        if not bool(torch.isfinite(verdict).all()):
-            raise DataError(f"field acc: row {self.keys[int((~torch.isfinite(verdict)).nonzero()[0])]} has no verdict")
-        return verdict >= 0.5
+        for name in ("verdict", "acc"):
+            with contextlib.suppress(DataError):
+                return self._finite(torch.as_tensor(self.extra(name), dtype=torch.float32), f"field {name}") >= 0.5
+        return self._fields["raw_scores"] >= 0.5
 
     @cached_property
     def lengths(self) -> Tensor:

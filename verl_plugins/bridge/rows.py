@@ -1,7 +1,7 @@
 """From agent-loop outputs to scored rows of the queue, many at a time.
 
 verl scores and stores each session on its own; here sessions that end together share one message to a reward worker,
-and a group is stored in one piece. What is stored is the same, field by field (a contract test compares the two).
+and a group is stored in one piece. What is stored is verl's row plus the verdict (a contract test compares the two).
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ from tensordict import TensorDict
 from verl.protocol import DataProto
 
 GATHER_SECONDS = 0.003
+VERDICT = "verdict"
+"""Column with the reward function's `acc`, or the score where it gives none: `Batch.correct` reads it."""
+USELESS = ("prompt", "dummy_tensor", "metrics", "tools_kwargs", "interaction_kwargs", "mm_processor_output")
+USELESS += ("mm_processor_kwargs",)
+"""Columns the trainer never reads: each costs as much to store as a tensor."""
 
 
 @dataclass
@@ -46,6 +51,11 @@ def _row(worker: Any, output: Any, columns: dict[str, Any], turn: int) -> Row:
     fields = {**output.as_dict(), **columns}
     fields.pop("multi_modal_data", None)
     input_ids = torch.cat([fields["prompts"], fields["responses"]])
+    if output.reward_score is not None:
+        verdict = output.extra_fields.get("reward_extra_info", {}).get("acc", output.reward_score)
+        fields[VERDICT] = torch.tensor(float(verdict))
+    for name in USELESS:
+        fields.pop(name, None)
     fields["loss_mask"] = fields["response_mask"]
     fields["input_ids"] = input_ids
     fields["multi_modal_inputs"] = worker._compute_multi_modal_inputs(output, input_ids)

@@ -6,7 +6,7 @@ The mode keeps verl's own name (`sync`, `colocate_async`): verl compares it in s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,14 @@ from verl_plugins.diagnostics.health import group_health
 from verl_plugins.errors import DataError
 from verl_plugins.services import Prompt, Prompts
 
-POLL_SECONDS = 0.02
+POLL_SECONDS = 0.04
 """How often the driver looks for finished rollouts; verl's default of 2 s would dominate short steps."""
+
+FORWARD_FIELDS = ("input_ids", "position_ids", "loss_mask", "routed_experts", "multi_modal_inputs")
+LOSS_FIELDS = ("prompts", "responses", "response_mask", "old_log_probs", "advantages", "ref_log_prob")
+LOSS_FIELDS += ("rollout_is_weights", "teacher_ids", "teacher_logprobs")
+STEP_FIELDS = ("entropy", "returns", "values", "rollout_log_probs")
+"""What verl's engine and loss read; columns of the queue that do not exist in a run are left out."""
 
 
 class Stages:
@@ -61,8 +67,8 @@ class Stages:
         self._draws = (0, 0)
         self._rows_per_prompt: int | None = None
         self._prompt_log_probs: dict[str, Tensor] = {}
-        self._objects: set[str] | None = None
         self._columns: set[str] = set()
+        self._shipped: set[str] = set()
         self._awake = False
         super().__init__(config)
 
@@ -170,8 +176,15 @@ class Stages:
         self._rows_per_prompt = (
             len(kept) // prompts if len(kept) < len(self._full) and not len(kept) % prompts else None
         )
-        with self._group_size():
+        with self._group_size(), self._keep_order():
             return super()._balance_batch(batch, metrics, **kwargs)
+
+    def _keep_order(self) -> Any:
+        """With one rank there is nothing to balance, and verl's partitioning is slow for what it then returns."""
+        if self.data_parallel_size > 1:
+            return nullcontext()
+        one_part = lambda lengths, k_partitions, equal_size: [list(range(len(lengths)))]  # noqa: E731
+        return patch.object(trainer_base, "get_seqlen_balanced_partitions", one_part)
 
     @contextmanager
     def _group_size(self) -> Iterator[None]:
@@ -193,21 +206,25 @@ class Stages:
         """Ship the fields plugins have put, for all rows of `meta`."""
         mask = tq.kv_batch_get(keys=meta.keys, partition_id=meta.partition_id, select_fields=["response_mask"])
         fields, batch.written = batch.written, {}
+        self._shipped |= fields.keys()
         place = {key: row for row, key in enumerate(meta.keys)}
         rows = torch.tensor([place[key] for key in batch.keys])
         stored = write_fields(meta, rows, fields, mask["response_mask"])
         stored.tags, stored.extra_info = meta.tags, meta.extra_info
         return stored
 
-    def _for_workers(self, batch: KVBatchMeta) -> KVBatchMeta:
-        """Send workers the tensors and what plugins declare in `needs`: objects cost more than the rest together."""
-        if self._objects is None:
+    def _for_workers(self, batch: KVBatchMeta, *fields: str) -> KVBatchMeta:
+        """Send workers what a forward pass reads, the given fields, and what plugins put or declare in `needs`.
+
+        The other columns (messages, dataset rows, …) cost more to send than all of these together.
+        """
+        if not self._columns:
             row = tq.kv_batch_get(keys=batch.keys[:1], partition_id=batch.partition_id)
             self._columns = set(row.keys())
-            self._objects = {name for name in self._columns if not isinstance(row[name], Tensor)}
-            if self.processor is not None:
-                self._objects -= {"multi_modal_inputs"}
-        batch.fields = sorted((set(batch.fields or self._columns) - self._objects) | (self.needs & self._objects))
+        wanted = {*FORWARD_FIELDS, *fields, *self._shipped, *(self.needs & {*self._columns, *STEP_FIELDS})}
+        if self.processor is None:
+            wanted.discard("multi_modal_inputs")
+        batch.fields = sorted(wanted & {*self._columns, *(batch.fields or [])})
         return batch
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
@@ -296,7 +313,7 @@ class Stages:
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         batch.extra_info[STEP_KEY] = self.global_steps
         with self._group_size():
-            batch = super()._update_actor(self._for_workers(batch), metrics)
+            batch = super()._update_actor(self._for_workers(batch, *LOSS_FIELDS), metrics)
         prefix = "actor/plugins/"
         for key in [key for key in metrics if key.startswith(prefix)]:
             metrics[key.removeprefix("actor/")] = metrics.pop(key)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from verl_plugins.cpu.model import ModelSettings
 from verl_plugins.cpu.task import TaskSettings
-from verl_plugins.cpu.warmup import WarmupSettings, prepare as prepare_files
+from verl_plugins.cpu.warmup import WarmupSettings
+from verl_plugins.cpu.warmup import prepare as prepare_files
 from verl_plugins.settings import typed
 
 if TYPE_CHECKING:

@@ -205,7 +205,7 @@ class TransformersReplica(RolloutReplica):
         options = {"name": _server_name(self.replica_rank), "max_concurrency": self.max_concurrency, "num_cpus": 0}
         if not on_cpu:
             options |= await self._beside_worker()
-        threads = os.cpu_count() if on_cpu else None
+        threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)) if on_cpu else None
         server = ray.remote(TransformersServer).options(**options).remote(self.config, self.model_config, threads)
         await server.ready.remote()
         self.servers = [server]
