@@ -14,17 +14,15 @@ from typing import Any
 
 import numpy as np
 import ray
-import transfer_queue as tq
 from omegaconf import OmegaConf
 from verl.experimental.agent_loop.agent_loop import DictConfigWrap, ToolListWrap
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 from verl.trainer.ppo.v1 import agent_loop_tq
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ, apply_greedy_sampling_params
-from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from verl_plugins import manager
 from verl_plugins.bridge.queue import prompt_id_of
-from verl_plugins.bridge.rows import RewardBatcher, session_rows
+from verl_plugins.bridge.rows import Publisher, RewardBatcher, Row, session_rows
 from verl_plugins.services import Prompt, Rollout
 
 SINGLE_TURN = "single_turn_agent"
@@ -49,20 +47,21 @@ class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
         self._seeded = self.rollout_config.name == "transformers" or self.rollout_config.full_determinism
         self._has_group_control = self.plugins.implements("rollout_group")
         self._scorer = RewardBatcher(self.reward_loop_worker_handles)
+        self._publisher = Publisher()
         self._single_turn: SingleTurnAgentLoop | None = None
 
     async def _run_prompt(self, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool = False) -> None:
         """verl's entry: one prompt, all sessions of its group, its status in the queue."""
         uid, partition = prompt["uid"], "val" if trajectory["validate"] else "train"
-        status = "failure"
+        rows, status = [], "failure"
         try:
             group = _Group(self, prompt, sampling_params, trajectory, trace)
             sessions = await self._generate_group(group)
-            await self._publish(sessions, trajectory["validate"])
+            rows = await self._rows(sessions, trajectory["validate"])
             status = "finished" if len(sessions) == group.size else "failure"
         except Exception:
             agent_loop_tq.logger.exception(f"rollout of prompt {uid} failed")
-        await tq.async_kv_put(key=uid, partition_id=partition, tag={"status": status})
+        await self._publisher.publish(partition, rows, uid, status)
 
     async def _generate_group(self, group: _Group) -> list[_Session]:
         if group.validate or not self._has_group_control:
@@ -109,20 +108,18 @@ class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
             await self._compute_score(outputs, kwargs=columns)
         return _Session(outputs, columns)
 
-    async def _publish(self, sessions: list[_Session], validate: bool) -> None:
-        """Write all rows of the group to the queue at once."""
-        if self.distillation_enabled:
-            publish = super()._agent_loop_postprocess
-            await asyncio.gather(*[publish(session.outputs, validate, **session.columns) for session in sessions])
-            return
-        rows = [row for session in sessions for row in session_rows(self, session.outputs, session.columns)]
-        if rows:
-            await tq.async_kv_batch_put(
-                keys=[row.key for row in rows],
-                fields=list_of_dict_to_tensordict([row.fields for row in rows]),
-                tags=[row.tag for row in rows],
-                partition_id="val" if validate else "train",
+    async def _rows(self, sessions: list[_Session], validate: bool) -> list[Row]:
+        """The group's rows, with the teacher's log-probs where verl distils."""
+        for session in sessions:
+            last = session.outputs[-1]
+            await self._compute_teacher_logprobs(
+                last,
+                prompt_ids=last.prompt_ids,
+                response_ids=last.response_ids,
+                validate=validate,
+                sample_kwargs=session.columns,
             )
+        return [row for session in sessions for row in session_rows(self, session.outputs, session.columns)]
 
 
 class _Group:

@@ -1,7 +1,8 @@
 """From agent-loop outputs to scored rows of the queue, many at a time.
 
 verl scores and stores each session on its own; here sessions that end together share one message to a reward worker,
-and a group is stored in one piece. What is stored is verl's row plus the verdict (a contract test compares the two).
+and groups that are ready together one to the queue. What is stored is verl's row plus the verdict (a contract test
+compares the two).
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import transfer_queue as tq
 from tensordict import TensorDict
 from verl.protocol import DataProto
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
-GATHER_SECONDS = 0.003
+from verl_plugins.bridge.gather import Gather
+
 VERDICT = "verdict"
 """Column with the reward function's `acc`, or the score where it gives none: `Batch.correct` reads it."""
 USELESS = ("prompt", "dummy_tensor", "metrics", "tools_kwargs", "interaction_kwargs", "mm_processor_output")
@@ -81,11 +85,11 @@ def _position_ids(worker: Any, input_ids: torch.Tensor, multi_modal_inputs: dict
 
 
 class RewardBatcher:
-    """Scores single-output sessions through verl's reward workers, gathering those that end together."""
+    """Scores single-output sessions through verl's reward workers, those that end together in one message."""
 
     def __init__(self, reward_workers: Sequence[Any] | None) -> None:
         self._workers = reward_workers
-        self._waiting: list[tuple[Any, dict[str, Any], asyncio.Future]] = []
+        self._gather = Gather(self._send)
 
     def takes(self, outputs: Sequence[Any]) -> bool:
         """Whether this session can be scored here (verl does the others)."""
@@ -93,28 +97,47 @@ class RewardBatcher:
 
     async def score(self, output: Any, columns: dict[str, Any]) -> None:
         """Set the output's reward and what the reward function said of it."""
-        loop = asyncio.get_running_loop()
-        future = loop.create_future()
-        self._waiting.append((output, columns, future))
-        if len(self._waiting) == 1:
-            loop.call_later(GATHER_SECONDS, lambda: loop.create_task(self._send()))
         started = time.perf_counter()
-        result = await future
+        result = await self._gather((output, columns))
         output.reward_score = result["reward_score"]
         output.extra_fields["reward_extra_info"] = result["reward_extra_info"]
         output.metrics.compute_score = time.perf_counter() - started
 
-    async def _send(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        try:
-            data = _reward_input([output for output, _, _ in waiting], [columns for _, columns, _ in waiting])
-            results = await random.choice(self._workers).compute_score_batch.remote(data)
-            for (_, _, future), result in zip(waiting, results, strict=True):
-                future.set_result(result)
-        except Exception as error:
-            for _, _, future in waiting:
-                if not future.done():
-                    future.set_exception(error)
+    async def _send(self, sessions: list[tuple[Any, dict[str, Any]]]) -> list[dict[str, Any]]:
+        """Each worker gets a share."""
+        size = -(-len(sessions) // len(self._workers))
+        parts = [sessions[start : start + size] for start in range(0, len(sessions), size)]
+        calls = [
+            worker.compute_score_batch.remote(_reward_input(*zip(*part, strict=True)))
+            for worker, part in zip(random.sample(self._workers, len(parts)), parts, strict=True)
+        ]
+        return [result for results in await asyncio.gather(*calls) for result in results]
+
+
+class Publisher:
+    """Writes the rows of groups that are ready together to the queue at once, then their prompts' status."""
+
+    def __init__(self) -> None:
+        self._gather = Gather(self._send)
+
+    async def publish(self, partition: str, rows: Sequence[Row], uid: str, status: str) -> None:
+        """Store a group and mark its prompt."""
+        await self._gather((partition, rows, uid, status))
+
+    async def _send(self, groups: list[tuple[str, Sequence[Row], str, str]]) -> list[None]:
+        for partition in sorted({group[0] for group in groups}):
+            ours = [group for group in groups if group[0] == partition]
+            rows = [row for _, group_rows, _, _ in ours for row in group_rows]
+            if rows:
+                await tq.async_kv_batch_put(
+                    keys=[row.key for row in rows],
+                    fields=list_of_dict_to_tensordict([row.fields for row in rows]),
+                    tags=[row.tag for row in rows],
+                    partition_id=partition,
+                )
+            tags = [{"status": status} for _, _, _, status in ours]
+            await tq.async_kv_batch_put(keys=[uid for _, _, uid, _ in ours], partition_id=partition, tags=tags)
+        return [None] * len(groups)
 
 
 def _reward_input(outputs: Sequence[Any], columns: Sequence[dict[str, Any]]) -> DataProto:

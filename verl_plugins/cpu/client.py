@@ -2,44 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Awaitable
 from typing import Any
 
 from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient, LLMServerClient
 
-GATHER_SECONDS = 0.002
+from verl_plugins.bridge.gather import Gather
 
 
 class _Batched:
-    """The server's `generate.remote(…)`, gathering calls for a moment into one message."""
+    """The server's `generate.remote(…)`, calls made together in one message."""
 
     def __init__(self, server: Any) -> None:
         self._server = server
-        self._waiting: list[tuple[dict[str, Any], asyncio.Future]] = []
+        self._gather = Gather(self._send)
 
     @property
     def generate(self) -> _Batched:
         return self
 
-    def remote(self, **request: Any) -> asyncio.Future:
-        loop = asyncio.get_running_loop()
-        future = loop.create_future()
-        self._waiting.append((request, future))
-        if len(self._waiting) == 1:
-            loop.call_later(GATHER_SECONDS, lambda: loop.create_task(self._send()))
-        return future
+    def remote(self, **request: Any) -> Awaitable[Any]:
+        return self._gather(request)
 
-    async def _send(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        try:
-            results = await self._server.generate_many.remote([request for request, _ in waiting])
-        except Exception as error:
-            results = [error] * len(waiting)
-        for (_, future), result in zip(waiting, results, strict=True):
-            if isinstance(result, Exception):
-                future.set_exception(result)
-            else:
-                future.set_result(result)
+    async def _send(self, requests: list[dict[str, Any]]) -> list[Any]:
+        return await self._server.generate_many.remote(requests)
 
 
 class SingleServer:

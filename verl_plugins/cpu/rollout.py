@@ -26,7 +26,7 @@ from verl.workers.rollout.replica import RolloutReplica, TokenOutput
 from verl_plugins.cpu.generation import Completion, Request, generate
 from verl_plugins.errors import DataError
 
-QUIET_SECONDS = 0.015
+QUIET_SECONDS = 0.005
 """A wave starts when no request has arrived for this long."""
 
 
