@@ -81,9 +81,9 @@ def loss_terms(tokens: Tokens) -> dict[str, Tensor] | None:
     """Named per-token terms, [rows, tokens], aggregated like the policy loss, added to it and logged."""
 
 
-@hookspec
+@hookspec(firstresult=True)
 def optimizer_step(actor: Actor) -> float | None:
-    """Wrap the actor's optimiser step (gradients are accumulated); the inner result is the gradient norm."""
+    """The actor's optimiser step, gradients being accumulated; returns their norm. Usually wrapped, not replaced."""
 
 
 @hookspec
@@ -97,6 +97,7 @@ def on_train_end(run: Run) -> None:
 
 
 FIRST_RESULT = ("select_prompts", "rollout_group", "score_answer", "estimate_advantage", "policy_loss")
+FIRST_RESULT += ("optimizer_step",)
 STAGES = (
     "select_prompts",
     "prepare_prompts",

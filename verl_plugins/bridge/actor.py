@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.device import get_device_name
 from verl.utils.metric import Metric
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
@@ -21,6 +22,14 @@ STAGES = ("policy_loss", "loss_terms", "optimizer_step")
 
 class PluginActorWorker(ActorRolloutRefWorker):
     """One rank of the actor."""
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def init_model(self) -> None:
+        if get_device_name() == "cpu":
+            from verl_plugins.cpu.platform import unpin_offloading
+
+            unpin_offloading()
+        super().init_model()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def set_plugins(self, section: dict[str, dict[str, Any]], seed: int) -> None:

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -38,14 +39,20 @@ def launch(composed: Any, out: Path, verbose: bool = False) -> int:
         terminal.console.print(f"{composed.recipe}: run folder {out}, full log in {LOG_FILE}")
         try:
             train(config, Reporter(terminal.console, out, started))
-        except PluginError as error:
-            terminal.console.print(f"error: {error}", style="red")
-            return 1
         except Exception as error:
-            cause = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
-            terminal.console.print(f"error: training stopped ({cause}); the whole story is in {out / LOG_FILE}")
-            raise
+            traceback.print_exc()
+            terminal.console.print(f"error: {_sentence(error)}", soft_wrap=True, highlight=False)
+            terminal.console.print(f"the whole story is in {out / LOG_FILE}", soft_wrap=True, highlight=False)
+            return 1
     return 0
+
+
+def _sentence(error: BaseException) -> str:
+    """What went wrong, in one line; an error of ours that crossed a process keeps its words."""
+    cause = getattr(error, "cause", None) or error
+    lines = [line.strip() for line in str(cause).strip().splitlines() if line.strip()]
+    text = lines[-1] if lines else ""
+    return text if isinstance(cause, PluginError) else f"training stopped ({type(cause).__name__}: {text})"
 
 
 def finish(config: DictConfig, out: Path) -> DictConfig:

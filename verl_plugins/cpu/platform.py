@@ -122,3 +122,11 @@ def install() -> None:
     PlatformRegistry.register(platform="cpu")(PlatformCPU)
     set_platform(PlatformCPU())
     verl.utils.distributed.initialize_global_process_group_ray = initialize_process_group
+
+
+def unpin_offloading() -> None:
+    """Let FSDP2 keep offloaded parameters (the reference model's) in ordinary memory: there is no device to pin for."""
+    from torch.distributed.fsdp import CPUOffloadPolicy
+    from verl.workers.engine.fsdp import transformer_impl
+
+    transformer_impl.CPUOffloadPolicy = lambda **_: CPUOffloadPolicy(pin_memory=False)
