@@ -145,3 +145,7 @@ def _print_json(data: Any) -> None:
     import json
 
     typer.echo(json.dumps(data, indent=1, default=str))
+
+
+if __name__ == "__main__":
+    main()

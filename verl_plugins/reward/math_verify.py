@@ -6,6 +6,7 @@ is counted apart from a wrong answer (`verifier_error`).
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -23,7 +24,7 @@ def is_equal(answer: str, truth: str) -> bool:
 
 
 class MathVerify(Plugin):
-    """Right or wrong by Math-Verify."""
+    """Right or wrong by Math-Verify: the default scorer of presets, which any other scorer replaces."""
 
     name = "math_verify"
     paper = "https://github.com/huggingface/Math-Verify"
@@ -35,9 +36,11 @@ class MathVerify(Plugin):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
+        for name in ("math_verify.parser", "math_verify.grader"):
+            logging.getLogger(name).setLevel(logging.ERROR)  # each call would warn that its time-out is off
         self._is_equal = lru_cache(maxsize=config.cache_size)(is_equal)
 
-    @hookimpl
+    @hookimpl(trylast=True)
     def score_answer(self, answer: Answer) -> Verdict:
         text, truth = answer.text.strip(), str(answer.ground_truth).strip()
         if text == truth:

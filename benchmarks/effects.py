@@ -1,0 +1,152 @@
+"""What each method changes, measured on the CPU preset against plain GRPO: the tables of the recipe pages.
+
+    python benchmarks/effects.py vade            # runs every variant with every seed, then prints the table
+    python benchmarks/effects.py clip_cov --jobs 2
+
+Finished runs are kept in `--out` and not repeated. A seed changes the order of prompts and every sampled token; model,
+task and warm-up stay the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from verl_plugins.cpu.demo import read_metrics, validation_accuracy
+
+Steps = Sequence[dict]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One column: a number per run."""
+
+    title: str
+    value: Callable[[Steps, Sequence[tuple[int, dict]]], float]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """The variants of one comparison (name -> arguments of `verl-plugins run`) and what is measured of each."""
+
+    variants: dict[str, list[str]]
+    measures: list[Measure]
+    common: tuple[str, ...] = ()
+    steps: int = 45
+
+
+def mean_of(key: str, first: int = 0, last: int | None = None) -> Callable:
+    """Mean of a metric over steps first+1..last."""
+    return lambda steps, _: statistics.fmean(step[key] for step in steps[first:last])
+
+
+def at(key: str, step: int) -> Callable:
+    """A metric around a step (mean of five)."""
+    return lambda steps, _: statistics.fmean(entry[key] for entry in steps[max(step - 3, 0) : step + 2])
+
+
+def held_out(index: int) -> Callable:
+    """Accuracy of sampled answers to held-out prompts: first or last validation."""
+    return lambda _, validations: validation_accuracy(validations[index][1])
+
+
+ACCURACY = [Measure("held-out before", held_out(0)), Measure("held-out after", held_out(-1))]
+EFFECTS = {
+    "vade": Effect(
+        {"grpo (uniform)": ["grpo"], "vade": ["vade"]},
+        [
+            Measure("mixed groups, all steps", mean_of("health/mixed_groups")),
+            Measure("mixed groups, last 15", mean_of("health/mixed_groups", -15)),
+            *ACCURACY,
+        ],
+    ),
+    "clip_cov": Effect(
+        {
+            "grpo": ["grpo"],
+            "clip_cov (authors' settings)": ["clip_cov"],
+            "clip_cov, ratio 0.02": ["clip_cov", "plugins.clip_cov.clip_cov_ratio=0.02"],
+        },
+        [
+            Measure("entropy, step 3", at("actor/entropy", 3)),
+            Measure("entropy, step 15", at("actor/entropy", 15)),
+            Measure("entropy, step 30", at("actor/entropy", 28)),
+            *ACCURACY,
+        ],
+        common=("actor_rollout_ref.actor.optim.lr=3e-4",),
+        steps=30,
+    ),
+    "mc_grpo": Effect(
+        {"grpo": ["grpo"], "mc_grpo": ["mc_grpo"]},
+        [
+            Measure("mixed groups", mean_of("health/mixed_groups")),
+            Measure("entropy, last 15", mean_of("actor/entropy", -15)),
+            *ACCURACY,
+        ],
+        common=("actor_rollout_ref.rollout.n=3",),
+    ),
+}
+
+
+def run(folder: Path, arguments: Sequence[str], steps: int, seed: int) -> Path:
+    """One training, unless its metrics are already there."""
+    done = folder / "done"
+    if not done.exists():
+        recipe, *overrides = arguments
+        command = [sys.executable, "-m", "verl_plugins.cli", "run", recipe, *overrides, "--preset", "cpu"]
+        command += ["--out", str(folder), f"trainer.total_training_steps={steps}", "trainer.resume_mode=disable"]
+        command += [f"data.seed={seed}", f"actor_rollout_ref.rollout.seed={seed}"]
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            sys.exit(f"{' '.join(command)} failed:\n{result.stdout}{result.stderr}")
+        done.touch()
+    return folder
+
+
+def table(effect: Effect, folders: dict[tuple[str, int], Path]) -> str:
+    """A markdown table: mean and standard deviation over seeds."""
+    lines = ["| variant | " + " | ".join(measure.title for measure in effect.measures) + " |"]
+    lines.append("|---" * (len(effect.measures) + 1) + "|")
+    for variant in effect.variants:
+        data = [read_metrics(folder / "metrics.jsonl") for (name, _), folder in folders.items() if name == variant]
+        cells = []
+        for measure in effect.measures:
+            values = [measure.value(*one) for one in data]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            cells.append(f"{statistics.fmean(values):.3f} ± {spread:.3f}")
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("effect", choices=EFFECTS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at the same time")
+    parser.add_argument("--out", type=Path, default=Path("runs/effects"))
+    options = parser.parse_args()
+    effect = EFFECTS[options.effect]
+    runs = {}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for number, (variant, arguments) in enumerate(effect.variants.items()):
+            for seed in range(1, options.seeds + 1):
+                folder = options.out / options.effect / f"variant{number}-seed{seed}"
+                folder.mkdir(parents=True, exist_ok=True)
+                future = pool.submit(run, folder, [*arguments, *effect.common], effect.steps, seed)
+                runs[variant, seed] = future
+        folders = {key: future.result() for key, future in runs.items()}
+    text = table(effect, folders)
+    (options.out / options.effect / "table.json").write_text(json.dumps({"seeds": options.seeds, "table": text}))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
