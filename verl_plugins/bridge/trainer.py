@@ -18,28 +18,25 @@ import torch
 import transfer_queue as tq
 from omegaconf import OmegaConf
 from torch import Tensor
-from torchdata.stateful_dataloader import StatefulDataLoader
 from transfer_queue import KVBatchMeta
-from verl.trainer.ppo.utils import Role, create_rl_sampler
+from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
-from verl.utils import tensordict_utils as tu
-from verl.utils.dataset.rl_dataset import collate_fn
 
 from verl_plugins import manager
 from verl_plugins.batch import Batch
 from verl_plugins.bridge import checkpoint
 from verl_plugins.bridge.actor import PluginActorWorker
 from verl_plugins.bridge.defaults import DriverDefaults
+from verl_plugins.bridge.drawing import DrawsPrompts
 from verl_plugins.bridge.loss import STEP_KEY
-from verl_plugins.bridge.queue import QueueSource, is_padding, prompt_uid, write_fields
+from verl_plugins.bridge.queue import QueueSource, is_padding, write_fields
 from verl_plugins.bridge.rollout import METRICS_FIELD
-from verl_plugins.bridge.run import DriverRun, RowsOfDataset
+from verl_plugins.bridge.run import DriverRun
 from verl_plugins.cpu.registration import ROLLOUT_NAME
 from verl_plugins.diagnostics.health import group_health
 from verl_plugins.errors import DataError
-from verl_plugins.services import Prompt, Prompts
 
 POLL_SECONDS = 0.04
 """How often the driver looks for finished rollouts; verl's default of 2 s would dominate short steps."""
@@ -51,7 +48,7 @@ STEP_FIELDS = ("entropy", "returns", "values", "rollout_log_probs")
 """What verl's engine and loss read; columns of the queue that do not exist in a run are left out."""
 
 
-class Stages:
+class Stages(DrawsPrompts):
     """The stages, mixed into one of verl's trainers."""
 
     def __init__(self, config: Any) -> None:
@@ -64,7 +61,6 @@ class Stages:
         self.reporter: Any = None
         self._full: Batch | None = None
         self._batch: Batch | None = None
-        self._draws = (0, 0)
         self._rows_per_prompt: int | None = None
         self._prompt_log_probs: dict[str, Tensor] = {}
         self._columns: set[str] = set()
@@ -78,18 +74,6 @@ class Stages:
         replay_buffer = super()._build_replay_buffer()
         replay_buffer.poll_interval = min(replay_buffer.poll_interval, POLL_SECONDS)
         return replay_buffer
-
-    def _init_dataloader(self) -> None:
-        """verl's dataset and order of rows, but the loader yields prompt ids: the rows are read when drawn."""
-        super()._init_dataloader()
-        self.rows = RowsOfDataset(self.train_dataset)
-        self.train_dataloader = StatefulDataLoader(
-            dataset=range(len(self.train_dataset)),
-            batch_size=self.config.data.get("gen_batch_size", None) or self.config.data.train_batch_size,
-            drop_last=True,
-            collate_fn=list,
-            sampler=create_rl_sampler(self.config.data, self.train_dataset),
-        )
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
@@ -110,54 +94,6 @@ class Stages:
         if "actor" not in info:
             info["actor"] = self.actor_rollout_wg._query_dispatch_info("actor")
         return max(info["actor"]) + 1
-
-    # Drawing prompts
-
-    def _next_train_batch(self, num_prompts: int | None = None) -> Any:
-        """The rows to roll out next: chosen, read, numbered and edited."""
-        count = num_prompts or self.config.data.train_batch_size
-        prompts = [Prompt(prompt_id, self.rows[prompt_id]) for prompt_id in self._select(count)]
-        for prompt in prompts:
-            prompt.row["uid"] = self._next_uid(prompt.id)
-        self.plugins.hook.prepare_prompts(run=self.run, prompts=Prompts(prompts))
-        columns = collate_fn([prompt.row for prompt in prompts])
-        for name, values in columns.items():
-            if len(values) != len(prompts):
-                raise DataError(f"prepare_prompts: column {name!r} was set on {len(values)} of {len(prompts)} prompts")
-        batch = tu.get_tensordict(dict(columns))
-        tu.assign_non_tensor_data(batch, "global_steps", self.global_steps)
-        return batch
-
-    def _select(self, count: int) -> Sequence[int]:
-        chosen = self.plugins.hook.select_prompts(run=self.run, count=count)
-        if chosen is None:
-            return self._next_in_order(count)
-        chosen = [int(prompt_id) for prompt_id in chosen]
-        if len(chosen) != count or len(set(chosen)) != count:
-            raise DataError(f"select_prompts returned {len(set(chosen))} distinct prompt ids; {count} are asked")
-        if min(chosen) < 0 or max(chosen) >= len(self.rows):
-            raise DataError(f"select_prompts returned an id outside the {len(self.rows)} rows of the dataset")
-        return chosen
-
-    def _next_in_order(self, count: int) -> list[int]:
-        """verl's shuffled pass over the dataset, epoch after epoch."""
-        chosen: list[int] = []
-        while len(chosen) < count:
-            if self.train_dataloader_it is None:
-                self.train_dataloader_it = iter(self.train_dataloader)
-            chunk = next(self.train_dataloader_it, None)
-            if chunk is None:
-                self.train_dataloader_it = None
-                continue
-            chosen += [int(prompt_id) for prompt_id in chunk]
-        if len(chosen) != count:
-            raise DataError(f"{count} prompts asked, but data.gen_batch_size draws them in pieces that do not add up")
-        return chosen
-
-    def _next_uid(self, prompt_id: int) -> str:
-        step, drawn = self._draws
-        self._draws = (self.global_steps, drawn + 1 if step == self.global_steps else 0)
-        return prompt_uid(prompt_id, *self._draws)
 
     # From rollouts to the advantage
 

@@ -1,0 +1,81 @@
+"""Which prompts are rolled out next: the part of the trainer behind `select_prompts` and `prepare_prompts`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torchdata.stateful_dataloader import StatefulDataLoader
+from verl.trainer.ppo.utils import create_rl_sampler
+from verl.utils import tensordict_utils as tu
+from verl.utils.dataset.rl_dataset import collate_fn
+
+from verl_plugins.bridge.queue import prompt_uid
+from verl_plugins.bridge.run import RowsOfDataset
+from verl_plugins.errors import DataError
+from verl_plugins.services import Prompt, Prompts
+
+
+class DrawsPrompts:
+    """Mixed into one of verl's trainers; expects `plugins` and `run`."""
+
+    _draws = (0, 0)
+    """The step of the latest draw, and how many were drawn in it before."""
+
+    def _init_dataloader(self) -> None:
+        """verl's dataset and order of rows, but the loader yields prompt ids: the rows are read when drawn."""
+        super()._init_dataloader()
+        self.rows = RowsOfDataset(self.train_dataset)
+        self.train_dataloader = StatefulDataLoader(
+            dataset=range(len(self.train_dataset)),
+            batch_size=self.config.data.get("gen_batch_size", None) or self.config.data.train_batch_size,
+            drop_last=True,
+            collate_fn=list,
+            sampler=create_rl_sampler(self.config.data, self.train_dataset),
+        )
+
+    def _next_train_batch(self, num_prompts: int | None = None) -> Any:
+        """The rows to roll out next: chosen, read, numbered and edited."""
+        count = num_prompts or self.config.data.train_batch_size
+        prompts = [Prompt(prompt_id, self.rows[prompt_id]) for prompt_id in self._select(count)]
+        for prompt in prompts:
+            prompt.row["uid"] = self._next_uid(prompt.id)
+        self.plugins.hook.prepare_prompts(run=self.run, prompts=Prompts(prompts))
+        columns = collate_fn([prompt.row for prompt in prompts])
+        for name, values in columns.items():
+            if len(values) != len(prompts):
+                raise DataError(f"prepare_prompts: column {name!r} was set on {len(values)} of {len(prompts)} prompts")
+        batch = tu.get_tensordict(dict(columns))
+        tu.assign_non_tensor_data(batch, "global_steps", self.global_steps)
+        return batch
+
+    def _select(self, count: int) -> Sequence[int]:
+        chosen = self.plugins.hook.select_prompts(run=self.run, count=count)
+        if chosen is None:
+            return self._next_in_order(count)
+        chosen = [int(prompt_id) for prompt_id in chosen]
+        if len(chosen) != count or len(set(chosen)) != count:
+            raise DataError(f"select_prompts returned {len(set(chosen))} distinct prompt ids; {count} are asked")
+        if min(chosen) < 0 or max(chosen) >= len(self.rows):
+            raise DataError(f"select_prompts returned an id outside the {len(self.rows)} rows of the dataset")
+        return chosen
+
+    def _next_in_order(self, count: int) -> list[int]:
+        """verl's shuffled pass over the dataset, epoch after epoch."""
+        chosen: list[int] = []
+        while len(chosen) < count:
+            if self.train_dataloader_it is None:
+                self.train_dataloader_it = iter(self.train_dataloader)
+            chunk = next(self.train_dataloader_it, None)
+            if chunk is None:
+                self.train_dataloader_it = None
+                continue
+            chosen += [int(prompt_id) for prompt_id in chunk]
+        if len(chosen) != count:
+            raise DataError(f"{count} prompts asked, but data.gen_batch_size draws them in pieces that do not add up")
+        return chosen
+
+    def _next_uid(self, prompt_id: int) -> str:
+        step, drawn = self._draws
+        self._draws = (self.global_steps, drawn + 1 if step == self.global_steps else 0)
+        return prompt_uid(prompt_id, *self._draws)
