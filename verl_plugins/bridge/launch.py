@@ -36,7 +36,7 @@ def launch(composed: Any, out: Path, verbose: bool = False) -> int:
         getattr(importlib.import_module(module), function)(config)
     write_run_folder(config, out)
     with Terminal(out / LOG_FILE, verbose) as terminal:
-        terminal.console.print(f"{composed.recipe}: run folder {out}, full log in {LOG_FILE}")
+        terminal.console.print(f"{composed.recipe}: run folder {out}, full log in {LOG_FILE}", soft_wrap=True)
         try:
             train(config, Reporter(terminal.console, out, started))
         except Exception as error:

@@ -71,14 +71,12 @@ class Reporter:
     def __init__(self, console: Console, folder: Path, started: float) -> None:
         self._console = console
         self._file = (folder / METRICS_FILE).open("a", buffering=1)
-        self._started = self._last = started
+        self._started = started
 
     def step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
         """One finished training step."""
-        now = time.time()
         values = {key: _number(value) for key, value in metrics.items()}
-        values |= {"seconds": now - self._last, "seconds_since_start": now - self._started}
-        self._last = now
+        values |= {"seconds": values["timing_s/step"], "seconds_since_start": time.time() - self._started}
         self._write({"step": step, **values})
         shown = {
             "reward": values.get("critic/score/mean"),
@@ -87,15 +85,15 @@ class Reporter:
             "mixed groups": values.get("health/mixed_groups"),
         }
         parts = [f"{name} {value:.3f}" for name, value in shown.items() if isinstance(value, float)]
-        self._console.print(f"step {step:>4}/{total}  " + "  ".join([*parts, f"{values['seconds']:.1f} s"]))
+        line = f"step {step:>4}/{total}  " + "  ".join([*parts, f"{values['seconds']:.1f} s"])
+        self._console.print(line, soft_wrap=True)
 
     def validation(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Metrics of a validation pass."""
         values = {key: _number(value) for key, value in metrics.items()}
         self._write({"step": step, "validation": values})
-        core = [f"{key.removeprefix('val-core/')} {value:.3f}" for key, value in values.items() if "val-core" in key]
-        self._console.print(f"validation after step {step}  " + "  ".join(core))
-        self._last = time.time()
+        core = [f"{key.removeprefix('val-core/')} {value:.3f}" for key, value in values.items() if _is_mean(key)]
+        self._console.print(f"validation after step {step}  " + "  ".join(core), soft_wrap=True)
 
     def note(self, text: str) -> None:
         """A sentence for the user."""
@@ -110,3 +108,7 @@ def _number(value: Any) -> Any:
         return float(value)
     except (TypeError, ValueError):
         return str(value)
+
+
+def _is_mean(key: str) -> bool:
+    return key.startswith("val-core/") and "/mean@" in key

@@ -78,10 +78,7 @@ def draw(steps: Sequence[dict], validations: Sequence[tuple[int, dict]], path: P
     figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True)
     numbers = [step["step"] for step in steps]
     for axis, (title, key) in zip(axes.flat, CURVES.items(), strict=True):
-        values = [step[key] for step in steps]
-        if key == "seconds":
-            values[0] = float("nan")  # the first one holds the start of the run
-        axis.plot(numbers, values, label="training step")
+        axis.plot(numbers, [step[key] for step in steps], label="training step")
         axis.set_title(title)
         axis.grid(alpha=0.3)
     if validations:
