@@ -15,9 +15,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from verl_plugins import manager
 from verl_plugins.bridge import RUN_VARIABLE
 from verl_plugins.bridge.report import LOG_FILE, Reporter, Terminal
-from verl_plugins.errors import PluginError
+from verl_plugins.errors import CompositionError, PluginError
 
 REWARD_MANAGER = {"source": "importlib", "name": "PluginRewardManager"}
 REWARD_MODULE = "pkg://verl_plugins.bridge.reward"
@@ -56,14 +57,27 @@ def _sentence(error: BaseException) -> str:
 
 
 def finish(config: DictConfig, out: Path) -> DictConfig:
-    """Settings that follow from the others: where checkpoints go, who scores answers, the seed of prompt order."""
+    """Settings that follow from the others: where checkpoints go, the seed of prompt order, who scores answers."""
     config = config.copy()
     with open_dict(config):
         config.trainer.default_local_dir = str(out)
         config.data.seed = 1 if config.data.seed is None else config.data.seed
-        config.reward.reward_manager.update(REWARD_MANAGER)
-        config.reward.reward_manager.module.path = REWARD_MODULE
+    if manager.build(OmegaConf.to_container(config.plugins)).implements("score_answer"):
+        _score_by_plugins(config)
     return config
+
+
+def _score_by_plugins(config: DictConfig) -> None:
+    """Put our reward manager in; behind it stands verl's `naive`, so no other can be asked for as well."""
+    chosen = config.reward.reward_manager
+    if chosen.name != "naive" or chosen.source != "register":
+        raise CompositionError(
+            f"reward.reward_manager.name={chosen.name}: a plugin scores the answers (stage score_answer), which works "
+            "with verl's naive manager only; leave the plugin out, as in ~plugins.math_verify, or the manager"
+        )
+    with open_dict(config):
+        chosen.update(REWARD_MANAGER)
+        chosen.module.path = REWARD_MODULE
 
 
 def write_run_folder(config: DictConfig, out: Path) -> None:

@@ -41,8 +41,9 @@ class RowsOfDataset:
     def _fingerprint(self) -> str:
         """A digest of the number of rows and of evenly spaced rows: sees another subset, order or column."""
         digest = hashlib.sha256(str(len(self)).encode())
+        stored = getattr(self._dataset, "dataframe", self._dataset)
         for row in np.unique(np.linspace(0, len(self) - 1, FINGERPRINT_ROWS).astype(int)):
-            digest.update(json.dumps(self._dataset.dataframe[int(row)], sort_keys=True, default=str).encode())
+            digest.update(json.dumps(stored[int(row)], sort_keys=True, default=str).encode())
         return digest.hexdigest()[:16]
 
 

@@ -169,6 +169,9 @@ class Stages(DrawsPrompts):
             self._read_prompt_log_probs(batch)
         return batch
 
+    def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        return super()._compute_ref_log_prob(self._for_workers(batch), metrics)
+
     def _read_prompt_log_probs(self, batch: KVBatchMeta) -> None:
         """Keep the prompts' log-probs: verl overwrites the field when it scores the reference policy."""
         fields = ["log_probs", "prompts"]
@@ -309,11 +312,15 @@ class Stages(DrawsPrompts):
         if self._awake:
             yield
             return
+        interrupted = self.trainer_mode != "sync"
         self.checkpoint_manager.update_weights(self.global_steps)
-        self.checkpoint_manager.resume_generation_replicas()
+        if interrupted:
+            self.checkpoint_manager.resume_generation_replicas()
         try:
             yield
         finally:
+            if interrupted:
+                self.checkpoint_manager.abort_replicas()
             self.checkpoint_manager.sleep_replicas()
 
     # State
