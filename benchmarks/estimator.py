@@ -29,11 +29,11 @@ class Silent:
         pass
 
 
-def make_batch(rows: int, tokens: int, seed: int = 0) -> dict[str, object]:
-    """0/1 outcomes on the last token of responses of random length, groups of 8 in random order."""
+def make_batch(rows: int, tokens: int, shuffled: bool, seed: int = 0) -> dict[str, object]:
+    """0/1 outcomes on the last token of responses of random length, groups of 8; rows sorted by key or shuffled."""
     rng = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, tokens + 1, (rows, 1), generator=rng)
-    order = torch.randperm(rows, generator=rng).numpy()
+    order = torch.randperm(rows, generator=rng).numpy() if shuffled else np.arange(rows)
     rewards = torch.zeros(rows, tokens)
     rewards.scatter_(1, lengths - 1, torch.randint(0, 2, (rows, 1), generator=rng).float())
     uid = np.array([f"{1234 + row // GROUP}-17-{row // GROUP % 3}" for row in range(rows)], dtype=object)[order]
@@ -49,8 +49,8 @@ def mc_grpo(batch: Batch, uid: np.ndarray) -> torch.Tensor:
     return batch.to_tokens(median_advantage(scores, *median_and_mad(scores, groups)))
 
 
-def compare(rows: int, tokens: int) -> None:
-    fields = make_batch(rows, tokens)
+def compare(rows: int, tokens: int, shuffled: bool) -> None:
+    fields = make_batch(rows, tokens, shuffled)
     uid, rewards = fields["uid"], fields["rm_scores"]
     batches = {name: Batch.from_tensors(**fields) for name in ("grpo", "mc_grpo")}
 
@@ -73,10 +73,12 @@ def compare(rows: int, tokens: int) -> None:
     )
     mask = fields["response_mask"].float()
     best |= best_times({"verl's grpo": lambda: compute_grpo_outcome_advantage(rewards, mask, uid)}, rounds=1)
-    report(f"[{rows}, {tokens}], {rows // GROUP} groups", best, "copy")
+    order = "shuffled, as balancing over ranks leaves them" if shuffled else "sorted by key, as with one rank"
+    report(f"[{rows}, {tokens}], {rows // GROUP} groups, rows {order}", best, "copy")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    compare(1024, 1024)
-    compare(8192, 256)
+    for shape in ((1024, 1024), (8192, 256)):
+        for shuffled in (False, True):
+            compare(*shape, shuffled)

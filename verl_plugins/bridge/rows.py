@@ -8,6 +8,7 @@ compares the two).
 from __future__ import annotations
 
 import asyncio
+import copy
 import random
 import time
 from collections.abc import Sequence
@@ -151,7 +152,8 @@ def _reward_input(outputs: Sequence[Any], columns: Sequence[dict[str, Any]]) -> 
     batch["input_ids"] = torch.cat([batch["prompts"], batch["responses"]], dim=1)
     batch["attention_mask"] = torch.cat([pad(prompt_mask, **left), pad(response_mask, **right)], dim=1)
     batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    objects = {name: _objects([row[name] for row in columns]) for name in columns[0]}
+    # Copies, because verl's reward managers write into `extra_info`, which the sessions of a group share.
+    objects = {name: _objects([copy.copy(row[name]) for row in columns]) for name in columns[0]}
     objects["__num_turns__"] = np.array([output.num_turns for output in outputs])
     objects["tool_extra_fields"] = _objects([output.extra_fields for output in outputs])
     objects["prompt_len"] = np.array([len(ids) for ids in prompts])
