@@ -23,7 +23,11 @@ NEEDS = (
     "prompt_log_probs",
     "ref_log_probs",
     "rollout_log_probs",
+    "rm_scores",
+    "uid",
+    "verdict",
 )
+"""Fields verl can be asked for; the last three exist anyway, and are sent to the loss when a plugin needs them."""
 
 
 def check(composed: Composed) -> Plugins:
@@ -42,8 +46,7 @@ def check(composed: Composed) -> Plugins:
             for need in sorted(plugin.needs):
                 _provide(config, need, plugin)
             _ask(plugin, config)
-        if composed.prepare is None:
-            _check_data(config)
+        _check_data(config)
     except OmegaConfBaseException as error:
         raise CompositionError(f"the composed configuration cannot be resolved: {one_line(error)}") from error
     return plugins
@@ -122,7 +125,8 @@ def _ask(plugin: Plugin, config: DictConfig) -> None:
 
 def _check_data(config: DictConfig) -> None:
     for key in ("train_files", "val_files"):
-        for file in _files(config.data[key]):
+        made_later = OmegaConf.is_missing(config.data, key)
+        for file in [] if made_later else _files(config.data[key]):
             if "://" not in file and not Path(file).expanduser().exists():
                 raise CompositionError(
                     f"data.{key}: there is no file {file}; set data.{key}=… to a parquet or json file"
