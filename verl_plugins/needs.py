@@ -46,7 +46,7 @@ def check(composed: Composed) -> Plugins:
             for need in sorted(plugin.needs):
                 _provide(config, need, plugin)
             _ask(plugin, config)
-        _check_data(config)
+        _check_data(composed)
     except OmegaConfBaseException as error:
         raise CompositionError(f"the composed configuration cannot be resolved: {one_line(error)}") from error
     return plugins
@@ -123,10 +123,12 @@ def _ask(plugin: Plugin, config: DictConfig) -> None:
         raise CompositionError(f"plugin {plugin.name!r} could not check the configuration: {cause}") from error
 
 
-def _check_data(config: DictConfig) -> None:
+def _check_data(composed: Composed) -> None:
+    data = composed.config.data
     for key in ("train_files", "val_files"):
-        made_later = OmegaConf.is_missing(config.data, key)
-        for file in [] if made_later else _files(config.data[key]):
+        named = not OmegaConf.is_missing(data, key) and data[key] != composed.defaults.data[key]
+        made_later = composed.prepare is not None and not named
+        for file in [] if made_later else _files(data[key]):
             if "://" not in file and not Path(file).expanduser().exists():
                 raise CompositionError(
                     f"data.{key}: there is no file {file}; set data.{key}=… to a parquet or json file"

@@ -42,6 +42,7 @@ def launch(composed: Any, out: Path, verbose: bool = False) -> int:
             train(config, Reporter(terminal.console, out, started))
         except Exception as error:
             traceback.print_exc()
+            traceback.clear_frames(error.__traceback__)  # verl's progress bar ends here, and not on the terminal
             terminal.console.print(f"error: {_sentence(error)}", soft_wrap=True, highlight=False)
             terminal.console.print(f"the whole story is in {out / LOG_FILE}", soft_wrap=True, highlight=False)
             return 1

@@ -102,9 +102,9 @@ class Stages(DrawsPrompts):
         batch.reorder(sorted(range(len(batch)), key=lambda row: _row_order(batch.keys[row])))
         self._full = self._open(batch.keys)
         self.plugins.hook.shape_rewards(run=self.run, batch=self._full)
-        if "rm_scores" in self._full.written:
-            batch = self._store(batch, self._full)
         self.plugins.hook.select_rows(run=self.run, batch=self._full)
+        if self._full.written:
+            batch = self._store(batch, self._full)
         prompts = len(set(self._full.uid))
         kept = [key for key, dropped in zip(batch.keys, self._full.dropped.tolist(), strict=True) if not dropped]
         if len(kept) < len(batch):
