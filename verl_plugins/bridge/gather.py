@@ -39,6 +39,8 @@ class Gather:
         except Exception as error:
             results = [error] * len(waiting)
         for (_, future), result in zip(waiting, results, strict=True):
+            if future.done():  # its caller has given up
+                continue
             if isinstance(result, Exception):
                 future.set_exception(result)
             else:

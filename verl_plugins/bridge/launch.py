@@ -133,11 +133,11 @@ def _local_ray(config: DictConfig) -> Iterator[None]:
     with head.started(settings.num_cpus, settings.num_gpus) as node:
         for module in ("torch", "transformers", "datasets", "pandas"):
             importlib.import_module(module)
-        node.announce()
-        from verl_plugins.cpu import preload
+        with node.announced():
+            from verl_plugins.cpu import preload
 
-        for module in preload.MODULES:
-            importlib.import_module(module)
+            for module in preload.MODULES:
+                importlib.import_module(module)
         with preload.Preload() as workers:
             runtime = {"py_executable": workers.py_executable}
             options = {"address": node.address, "num_cpus": None, "num_gpus": None, "include_dashboard": None}

@@ -50,9 +50,14 @@ class Head:
             time.sleep(0.05)
         raise PluginError("the local Ray node did not start; see verl.log in the run folder")
 
-    def announce(self) -> None:
-        """Tell the Ray library, which reads these once when it is loaded, whose worker this process may become."""
+    @contextmanager
+    def announced(self) -> Iterator[None]:
+        """While Ray is imported: whose worker this process may become, which the library reads only when it loads."""
         os.environ.update({"RAY_JOB_ID": FIRST_JOB, "RAY_RAYLET_PID": str(self.raylet_pid())})
+        try:
+            yield
+        finally:
+            del os.environ["RAY_JOB_ID"], os.environ["RAY_RAYLET_PID"]
 
 
 @contextmanager

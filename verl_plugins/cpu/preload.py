@@ -4,7 +4,7 @@ Importing verl takes some ten seconds of CPU, and a run has half a dozen worker 
 and forks a server; Ray starts its workers through a small client (the documented `py_executable` of its runtime
 environment), which asks the server to fork a worker and then lives as long as it does. Only for one machine, and only
 for a driver that has neither started threads nor connected to Ray yet, and that was told before it imported Ray which
-job and node its workers belong to (`head.Head.announce`).
+job and node its workers belong to (`head.Head.announced`).
 """
 
 from __future__ import annotations
