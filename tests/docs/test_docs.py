@@ -1,0 +1,170 @@
+"""Documentation says what the code does: signatures, included files, metrics, settings, links."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import verl_plugins
+from verl_plugins import hookspecs, manifest, recipe
+from verl_plugins.services import Run
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OURS = [entry for entry in manifest.entries() if entry.dist and entry.dist.name == "verl-plugins"]
+PLUGINS = {plugin.name: plugin for plugin in manifest.manifests(OURS)}
+RECIPES = {item.name: item for item in recipe.recipes(manifest.folders(OURS))}
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+each_recipe = pytest.mark.parametrize("name", sorted(RECIPES))
+
+
+def page_of(name: str) -> str:
+    return (ROOT / "docs" / "recipes" / f"{name}.md").read_text()
+
+
+def section(text: str, heading: str) -> str:
+    return text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+def signature(stage: str) -> str:
+    function = getattr(hookspecs, stage)
+    word = "async def" if inspect.iscoroutinefunction(function) else "def"
+    return f"{word} {stage}{inspect.signature(function)}".replace("'", "")
+
+
+@pytest.mark.parametrize("stage", hookspecs.STAGES)
+def test_every_stage_is_documented_with_its_signature(stage):
+    assert f"```python\n{signature(stage)}\n```" in (ROOT / "docs" / "plugins.md").read_text()
+
+
+def test_stages_are_documented_in_the_order_they_run():
+    headings = re.findall(r"^### (\w+)$", (ROOT / "docs" / "plugins.md").read_text(), re.MULTILINE)
+    assert tuple(heading for heading in headings if heading in hookspecs.STAGES) == hookspecs.STAGES
+
+
+@each_page
+def test_included_files_are_up_to_date(page):
+    """A block after `<!-- examples/… -->` is the end of that file, or all of it."""
+    for file, block in re.findall(r"<!-- (examples/\S+) -->\n```\w*\n(.*?)```", page.read_text(), re.DOTALL):
+        text = (ROOT / file).read_text()
+        assert text.endswith(block)
+        assert block == text or block.startswith("["), f"{file} is included in part"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/plugins.md"])
+def test_the_example_is_included(page):
+    text = (ROOT / page).read_text()
+    for file in ("rank_advantage/method.py", "pyproject.toml"):
+        assert f"<!-- examples/rank_advantage/{file} -->" in text
+
+
+def test_every_recipe_has_a_page_and_every_page_a_recipe():
+    assert {page.stem for page in (ROOT / "docs" / "recipes").glob("*.md")} == RECIPES.keys()
+
+
+@each_recipe
+def test_recipes_are_in_the_readme_with_paper_and_stages(name):
+    (row,) = re.findall(rf"^\| \[`{name}`\].*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert RECIPES[name].arxiv in row
+    for stage in RECIPES[name].stages:
+        assert f"`{stage}`" in row
+
+
+@each_recipe
+def test_pages_name_every_setting_with_its_default(name):
+    rows = {
+        match[1]: match[2]
+        for match in re.finditer(rf"^\| `plugins\.{name}\.(\w+)` \| (.*?) \|", page_of(name), re.MULTILINE)
+    }
+    assert rows.keys() == PLUGINS[name].defaults.keys()
+    for setting, default in PLUGINS[name].defaults.items():
+        shown = rows[setting].strip("`")
+        if isinstance(default, (bool, str, type(None))):
+            assert shown == {None: "none", True: "true", False: "false"}.get(default, default)
+        else:
+            assert float(shown) == default
+
+
+@each_recipe
+def test_pages_list_the_metrics_the_plugin_logs(name):
+    listed = re.findall(r"^\|((?: ?`\w+`,?)+) \|", section(page_of(name), "Metrics"), re.MULTILINE)
+    named = set(re.findall(r"`(\w+)`", " ".join(listed)))
+    module = PLUGINS[name].target.split(":")[0].split(".")
+    source = ast.parse(ROOT.joinpath(*module).with_suffix(".py").read_text())
+    strings = {node.value for node in ast.walk(source) if isinstance(node, ast.Constant)}
+    assert named
+    assert named <= strings, f"not in the source: {named - strings}"
+    assert logged(source) <= named, f"not on the page: {logged(source) - named}"
+
+
+def logged(source: ast.Module) -> set[str]:
+    """Keys of the dicts that are handed to a `.log(…)`."""
+    calls = [node for node in ast.walk(source) if isinstance(node, ast.Call) and node.args]
+    dicts = [call.args[0] for call in calls if getattr(call.func, "attr", "") == "log"]
+    return {key.value for found in dicts if isinstance(found, ast.Dict) for key in found.keys}
+
+
+@each_recipe
+def test_pages_keep_the_papers_figures_apart_from_measurements(name):
+    headings = re.findall(r"^## (.+)$", page_of(name), re.MULTILINE)
+    for heading in ("Idea", "Settings", "What it needs", "Run and combine", "Caveats", "Metrics", "Links"):
+        assert heading in headings
+    assert headings.index("Measured here") == headings.index("What the paper reports") + 1
+
+
+@each_page
+def test_relative_links_exist(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (page.parent / file).resolve() if file else page
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE)
+            assert anchor in {
+                re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings
+            }
+
+
+def test_public_names_are_listed():
+    listed = set(re.findall(r"`([\w.]+)`", (ROOT / "docs" / "api.md").read_text()))
+    assert set(verl_plugins.__all__) <= listed
+
+
+def test_members_of_run_are_listed():
+    table = section((ROOT / "docs" / "plugins.md").read_text(), "What a hook sees").split("### Run")[1]
+    members = [name for name in (*vars(Run), *Run.__annotations__) if not name.startswith("_")]
+    for name in members:
+        assert re.search(rf"`{name}\b|run\.{name}\b", table), name
+
+
+def test_commands_in_the_docs_name_installed_recipes_and_presets():
+    presets = {preset.name for preset in recipe.presets(manifest.folders(OURS))}
+    known = RECIPES.keys() | {"rank_advantage", "RECIPE[+RECIPE…]"}
+    for page in PAGES:
+        for line in re.findall(r"verl-plugins run (.+)", page.read_text()):
+            words = line.split()
+            assert words[0] in known or set(words[0].split("+")) <= known or words[0].startswith("`"), line
+            if "--preset" in words:
+                assert words[words.index("--preset") + 1].strip("`") in presets, line
+
+
+def test_torch_pin_of_the_makefile_is_that_of_the_extra():
+    (pin,) = re.findall(r"^TORCH := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert f'cpu = ["{pin}"]' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_mkdocs_builds_without_warnings(tmp_path):
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "recipes" / "vade" / "index.html").exists()

@@ -1,0 +1,36 @@
+"""What goes wrong is said in one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from training import SHORT, train
+
+pytestmark = pytest.mark.e2e
+
+
+class TestErrors:
+    """The terminal shows the cause in one line; the traceback is in the log."""
+
+    def test_before_any_process_starts(self, tmp_path: Path) -> None:
+        done = train("grpo", tmp_path / "run", "data.train_files=/no/such/file.parquet", check=False)
+        assert done.returncode != 0
+        errors = [line for line in done.output.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1
+        assert "data.train_files" in errors[0]
+        assert "/no/such/file.parquet" in errors[0]
+        assert "Traceback" not in done.output
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+    def test_a_plugin_refuses_the_data(self, tmp_path: Path, third_party: Path) -> None:
+        steps = "trainer.total_training_steps=2"
+        done = train("broken", tmp_path / "run", *SHORT, steps, site=third_party, check=False)
+        assert done.returncode == 1
+        lines = done.output.splitlines()
+        assert lines[-2] == "error: step 1: the 128 rewards are not what the broken plugin can use"
+        assert lines[-1].endswith("verl.log")
+        assert "Traceback" not in done.output
+        assert len(lines) == 3
+        assert "Traceback" in done.log
+        assert "raised by plugin 'broken' in estimate_advantage" in done.log

@@ -1,0 +1,155 @@
+"""Every recipe trains through verl's real trainer, in both modes, and its metrics look like what it does."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from safetensors.torch import load_file
+from training import SHORT, Training, train
+
+from verl_plugins.cpu.demo import draw, read_metrics, summary, validation_accuracy
+
+pytestmark = pytest.mark.e2e
+
+PROMPTS, ROWS_OF_DATASET = 16, 512
+NAN_ON_PURPOSE = ("variance_proxy", "perf/mfu")
+
+
+def ours(step: dict[str, float], plugin: str) -> dict[str, float]:
+    """The step's metrics of one plugin."""
+    prefix = f"plugins/{plugin}/"
+    return {key.removeprefix(prefix): value for key, value in step.items() if key.startswith(prefix)}
+
+
+def healthy(training: Training, steps: int, *, on_policy: bool = True) -> None:
+    """All steps are there, all numbers are finite, the weights moved, and rollout and actor agree on log-probs."""
+    assert [step["step"] for step in training.steps] == list(range(1, steps + 1))
+    for step in training.steps:
+        wrong = [k for k, v in step.items() if not (isinstance(v, (int, float)) and math.isfinite(v))]
+        assert [key for key in wrong if not any(part in key for part in NAN_ON_PURPOSE)] == []
+        assert step["actor/grad_norm"] > 0.01
+        assert 0 < step["actor/entropy"] < math.log(260)
+        shares = [step[f"health/{kind}_groups"] for kind in ("mixed", "all_right", "all_wrong")]
+        assert sum(shares) == pytest.approx(1, abs=1e-6)
+        assert shares[1] <= step["health/accuracy"] <= 1 - shares[2]
+        if on_policy:
+            assert step["training/rollout_probs_diff_max"] < 1e-3
+    for line in (f"step    {number}/{steps}" for number in range(1, steps + 1)):
+        assert line in training.output
+
+
+class TestGrpo:
+    """Recipe grpo, mode sync, two mini-batches a step, validated before and after."""
+
+    @pytest.fixture(scope="class")
+    def grpo(self, out: Path) -> Training:
+        overrides = ("trainer.total_training_steps=2", "actor_rollout_ref.actor.ppo_mini_batch_size=8")
+        return train("grpo", out / "grpo", *overrides, "trainer.test_freq=2")
+
+    def test_trains(self, grpo: Training) -> None:
+        healthy(grpo, 2)
+        for step in grpo.steps:
+            assert ours(step, "grpo")["group_size_min"] == 8
+            equal = 1 - step["health/mixed_groups"]
+            assert ours(step, "grpo")["zero_advantage_rows"] == pytest.approx(equal, abs=1e-6)
+
+    def test_is_validated_with_the_default_scorer(self, grpo: Training) -> None:
+        assert [step for step, _ in grpo.validations] == [0, 2]
+        for _, metrics in grpo.validations:
+            assert 0.1 < validation_accuracy(metrics) < 0.9
+        assert "validation after step 2" in grpo.output
+
+    def test_the_demo_summarises_and_draws_it(self, grpo: Training, tmp_path: Path) -> None:
+        steps, validations = read_metrics(grpo.out / "metrics.jsonl")
+        console = Console(width=120, record=True, quiet=True)
+        console.print(summary(steps, validations))
+        picture = draw(steps, validations, tmp_path / "curves.png")
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert picture.stat().st_size > 10_000
+
+    def test_the_run_folder_says_what_ran(self, grpo: Training) -> None:
+        text = (grpo.out / "config.yaml").read_text()
+        assert "ppo_mini_batch_size: 8" in text
+        assert '"verl": "0.9' in (grpo.out / "versions.json").read_text()
+
+
+class TestMcGrpo:
+    """Recipe mc_grpo: three responses a prompt, the median one left out of the update, KL to a reference in the loss."""
+
+    @pytest.fixture(scope="class")
+    def mc_grpo(self, out: Path) -> Training:
+        return train("mc_grpo", out / "mc_grpo", *SHORT, "trainer.total_training_steps=2")
+
+    def test_trains(self, mc_grpo: Training) -> None:
+        healthy(mc_grpo, 2)
+        for step in mc_grpo.steps:
+            found = ours(step, "mc_grpo")
+            assert (found["group_size_min"], found["pivots_dropped"]) == (3, PROMPTS)
+            assert 0 <= found["frac_mad_zero"] <= 1
+            assert found["abs_adv_max"] > 0
+
+    def test_the_reference_is_the_start(self, mc_grpo: Training) -> None:
+        first, second = (step["actor/kl_loss"] for step in mc_grpo.steps)
+        assert abs(first) < 1e-5
+        assert second > 1e-7
+
+
+class TestVade:
+    """Recipe vade, mode sync: prompts are chosen by a belief that the rollouts of every step update."""
+
+    def test_trains(self, vade: Training) -> None:
+        healthy(vade, 4)
+        for number, step in enumerate(vade.steps, 1):
+            found = ours(step, "vade")
+            assert found["effective_ratio"] == pytest.approx(step["health/mixed_groups"])
+            assert found["solve_none"] == pytest.approx(step["health/all_wrong_groups"])
+            assert PROMPTS / ROWS_OF_DATASET <= found["seen_fraction"] <= number * PROMPTS / ROWS_OF_DATASET
+            assert 0 < found["theta_selected_mean"] < 1
+
+    def test_the_plugin_chooses_the_prompts(self, vade: Training) -> None:
+        drawn = vade.drawn()
+        assert [len(ids) for ids in drawn] == [PROMPTS] * 4
+        assert len({tuple(ids) for ids in drawn}) == 4
+
+
+class TestColocateAsync:
+    """Recipes vade and clip_cov combined, mode colocate_async: rollouts run ahead of the updates."""
+
+    @pytest.fixture(scope="class")
+    def both(self, out: Path) -> Training:
+        folder = out / "both"
+        return train(
+            "vade+clip_cov",
+            folder,
+            *SHORT,
+            "trainer.v1.trainer_mode=colocate_async",
+            "trainer.total_training_steps=3",
+            "trainer.save_freq=3",
+            f"trainer.rollout_data_dir={folder / 'rollouts'}",
+            "plugins.clip_cov.clip_cov_ratio=0.05",
+        )
+
+    def test_trains(self, both: Training) -> None:
+        healthy(both, 3, on_policy=False)
+        assert both.steps[0]["training/rollout_probs_diff_max"] < 1e-3
+        assert max(step["training/off_policy/trajectory_staleness/max"] for step in both.steps) >= 1
+
+    def test_clip_cov_takes_tokens_out_of_the_gradient(self, both: Training) -> None:
+        for step in both.steps:
+            found = ours(step, "clip_cov")
+            assert 0 < found["num_selected"] <= found["num_candidates"]
+            assert 0.02 < found["pg_clipfrac"] < 0.06
+            assert found["cov_max"] > found["cov_mean"]
+
+    def test_prompts_in_flight_are_not_drawn_again(self, both: Training) -> None:
+        drawn = [prompt_id for ids in both.drawn() for prompt_id in ids]
+        assert len(drawn) == len(set(drawn)) == 3 * PROMPTS
+
+    def test_the_queue_and_the_plugins_are_saved_together(self, both: Training) -> None:
+        checkpoint = both.out / "global_step_3"
+        assert (checkpoint / "transfer_queue").is_dir()
+        arrays = load_file(checkpoint / "plugins/arrays.safetensors")
+        assert any(name.startswith("driver/vade/") for name in arrays)

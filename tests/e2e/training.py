@@ -1,0 +1,67 @@
+"""Starts real trainings as a user starts them, and reads what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from verl_plugins.cpu.demo import read_metrics
+
+COMMAND = Path(sys.executable).with_name("verl-plugins")
+TIMEOUT = 150
+SHORT = ("trainer.val_before_train=false", "trainer.test_freq=-1")
+
+
+@dataclass
+class Training:
+    """A finished run."""
+
+    out: Path
+    returncode: int
+    output: str
+    """What the terminal showed."""
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """Metrics of each step."""
+        return read_metrics(self.out / "metrics.jsonl")[0]
+
+    @property
+    def validations(self) -> list[tuple[int, dict[str, float]]]:
+        """Step and metrics of each validation."""
+        return read_metrics(self.out / "metrics.jsonl")[1]
+
+    @property
+    def log(self) -> str:
+        """verl's own output."""
+        return (self.out / "verl.log").read_text(errors="replace")
+
+    def drawn(self) -> list[list[int]]:
+        """Prompt ids of each step, in the order of the dump of rollouts."""
+        steps = sorted((self.out / "rollouts").glob("*.jsonl"), key=lambda file: int(file.stem))
+        rows = [[json.loads(line)["uid"] for line in file.read_text().splitlines()] for file in steps]
+        return [sorted({int(uid.split("-")[0]) for uid in uids}) for uids in rows]
+
+
+def train(recipe: str, out: Path, *overrides: str, site: Path | None = None, check: bool = True) -> Training:
+    """Run `verl-plugins run RECIPE --preset cpu`; `site` is a folder to put on the import path of all its processes."""
+    paths = [str(site)] if site else []
+    paths += filter(None, [os.environ.get("PYTHONPATH")])
+    done = subprocess.run(
+        [COMMAND, "run", recipe, "--preset", "cpu", "--out", out, *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "200"},
+    )
+    training = Training(out, done.returncode, done.stdout)
+    if check:
+        tail = training.log[-3000:] if (out / "verl.log").exists() else ""
+        assert done.returncode == 0, f"{done.stdout}\n{tail}"
+    return training
