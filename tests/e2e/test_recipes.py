@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -46,8 +47,9 @@ class TestGrpo:
 
     @pytest.fixture(scope="class")
     def grpo(self, out: Path) -> Training:
-        overrides = ("trainer.total_training_steps=2", "actor_rollout_ref.actor.ppo_mini_batch_size=8")
-        return train("grpo", out / "grpo", *overrides, "trainer.test_freq=2")
+        batches = "actor_rollout_ref.actor.ppo_mini_batch_size=8"
+        validation = ("data.val_max_samples=32", "trainer.test_freq=2")
+        return train("grpo", out / "grpo", "trainer.total_training_steps=2", batches, *validation)
 
     def test_trains(self, grpo: Training) -> None:
         healthy(grpo, 2)
@@ -77,7 +79,7 @@ class TestGrpo:
 
 
 class TestMcGrpo:
-    """Recipe mc_grpo: three responses a prompt, the median one left out of the update, KL to a reference in the loss."""
+    """Recipe mc_grpo: three responses a prompt, the median one not trained on, KL to a reference in the loss."""
 
     @pytest.fixture(scope="class")
     def mc_grpo(self, out: Path) -> Training:
@@ -110,9 +112,10 @@ class TestVade:
             assert 0 < found["theta_selected_mean"] < 1
 
     def test_the_plugin_chooses_the_prompts(self, vade: Training) -> None:
-        drawn = vade.drawn()
-        assert [len(ids) for ids in drawn] == [PROMPTS] * 4
-        assert len({tuple(ids) for ids in drawn}) == 4
+        draws = vade.draws()
+        assert [sum(trained == step for _, _, trained in draws) for step in (1, 2, 3, 4)] == [PROMPTS] * 4
+        assert all(drawn == trained for _, drawn, trained in draws)
+        assert len({prompt_id for prompt_id, _, _ in draws}) > 2 * PROMPTS
 
 
 class TestColocateAsync:
@@ -145,8 +148,11 @@ class TestColocateAsync:
             assert found["cov_max"] > found["cov_mean"]
 
     def test_prompts_in_flight_are_not_drawn_again(self, both: Training) -> None:
-        drawn = [prompt_id for ids in both.drawn() for prompt_id in ids]
-        assert len(drawn) == len(set(drawn)) == 3 * PROMPTS
+        draws = both.draws()
+        assert len(draws) == 3 * PROMPTS
+        assert any(drawn < trained for _, drawn, trained in draws)
+        for (one, _, trained), (other, drawn, _) in itertools.pairwise(draws):
+            assert one != other or trained < drawn
 
     def test_the_queue_and_the_plugins_are_saved_together(self, both: Training) -> None:
         checkpoint = both.out / "global_step_3"

@@ -37,7 +37,7 @@ class TestResume:
         assert [step["step"] for step in resumed.steps] == [3, 4]
 
     def test_the_same_prompts_are_drawn(self, vade: Training, resumed: Training) -> None:
-        assert resumed.drawn() == vade.drawn()[2:]
+        assert resumed.draws() == [draw for draw in vade.draws() if draw[2] > 2]
 
     def test_the_same_answers_are_generated_and_scored(self, vade: Training, resumed: Training) -> None:
         for step in (3, 4):

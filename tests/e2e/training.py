@@ -41,11 +41,15 @@ class Training:
         """verl's own output."""
         return (self.out / "verl.log").read_text(errors="replace")
 
-    def drawn(self) -> list[list[int]]:
-        """Prompt ids of each step, in the order of the dump of rollouts."""
-        steps = sorted((self.out / "rollouts").glob("*.jsonl"), key=lambda file: int(file.stem))
-        rows = [[json.loads(line)["uid"] for line in file.read_text().splitlines()] for file in steps]
-        return [sorted({int(uid.split("-")[0]) for uid in uids}) for uids in rows]
+    def draws(self) -> list[tuple[int, int, int]]:
+        """(prompt id, step it was drawn in, step it was trained in) of every group, from the dump of rollouts."""
+        found = set()
+        for file in (self.out / "rollouts").glob("*.jsonl"):
+            for line in file.read_text().splitlines():
+                uid = json.loads(line)["uid"].rsplit("_", 2)[0]
+                prompt_id, drawn, _ = map(int, uid.split("-"))
+                found.add((prompt_id, drawn, int(file.stem)))
+        return sorted(found)
 
 
 def train(recipe: str, out: Path, *overrides: str, site: Path | None = None, check: bool = True) -> Training:

@@ -14,8 +14,7 @@ Against GRPO: median for mean, median absolute deviation (MAD) for std, one more
 Degenerate cases. Equal rewards: all advantages are exactly 0, one response is dropped all the same. A group of one:
 nothing of it is trained on. Rewards of 0 and 1: m is the majority's reward and d is 0, so the minority gets exactly
 ±1/epsilon = ±1000 and gradient clipping sets the step; verl's dual clip (`clip_ratio_c`, 3), which the authors do not
-have, acts on such rows: set it very large for parity. seq-mean-* losses divide by P·(G+1) rows in verl, by P·G in the
-authors' code.
+have, acts on such rows: set it very large for parity.
 """
 
 from __future__ import annotations

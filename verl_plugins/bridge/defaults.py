@@ -5,7 +5,7 @@ Wrappers then work on top of verl's estimators and loss as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +15,7 @@ from verl_plugins.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from verl_plugins.batch import Batch, Tokens
-    from verl_plugins.services import Actor
+    from verl_plugins.services import Actor, Rollout
 
 
 class DriverDefaults:
@@ -27,6 +27,14 @@ class DriverDefaults:
     @hookimpl(trylast=True)
     def estimate_advantage(self, batch: Batch) -> Tensor:
         return self.estimator()
+
+
+class WorkerDefaults:
+    """A group generated as verl does, for wrappers of `rollout_group`."""
+
+    @hookimpl(trylast=True)
+    async def rollout_group(self, sample: Callable[..., Awaitable[list[Rollout]]]) -> list[Rollout]:
+        return await sample()
 
 
 class ActorDefaults:

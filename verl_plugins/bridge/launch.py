@@ -103,7 +103,7 @@ def train(config: DictConfig, reporter: Reporter) -> None:
 
 
 @contextmanager
-def _ray(config: DictConfig, **options: Any) -> Iterator[None]:
+def _ray(config: DictConfig, options: dict[str, Any] | None = None, py_executable: str | None = None) -> Iterator[None]:
     """Ray with verl's runtime environment: the cluster this process is connected to, or what `ray_kwargs` asks for."""
     import ray
 
@@ -111,17 +111,26 @@ def _ray(config: DictConfig, **options: Any) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
-
-    settings = {**OmegaConf.to_container(config.ray_kwargs.get("ray_init", {}), resolve=True), **options}
+    settings = {**OmegaConf.to_container(config.ray_kwargs.get("ray_init", {}), resolve=True), **(options or {})}
     asked = {key: value for key, value in (settings.pop("runtime_env", None) or {}).items() if value is not None}
-    runtime = {**get_ppo_ray_runtime_env(config), **asked}
-    runtime["env_vars"] = {**runtime["env_vars"], "TRANSFER_QUEUE_ENABLE": "1"}
-    ray.init(**settings, runtime_env=runtime)
+    ray.init(**settings, runtime_env=_runtime(config, asked, py_executable))
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _runtime(config: DictConfig, asked: dict[str, Any], py_executable: str | None) -> dict[str, Any]:
+    """verl's runtime environment, what the user asks for, and the variables every process of a run of ours has."""
+    from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
+
+    runtime = get_ppo_ray_runtime_env(config)
+    ours = {
+        name: os.environ[name] for name in (RUN_VARIABLE, "VERL_PLATFORM", "VERL_ENGINE_DEVICE") if name in os.environ
+    }
+    variables = {**runtime["env_vars"], **ours, **asked.pop("env_vars", {}), "TRANSFER_QUEUE_ENABLE": "1"}
+    forked = {} if py_executable is None else {"py_executable": py_executable}
+    return {**runtime, **forked, **asked, "env_vars": variables}
 
 
 @contextmanager
@@ -138,11 +147,9 @@ def _local_ray(config: DictConfig) -> Iterator[None]:
 
             for module in preload.MODULES:
                 importlib.import_module(module)
-        with preload.Preload() as workers:
-            runtime = {"py_executable": workers.py_executable}
-            options = {"address": node.address, "num_cpus": None, "num_gpus": None, "include_dashboard": None}
-            with _ray(config, **options, runtime_env=runtime):
-                yield
+        options = {"address": node.address, "num_cpus": None, "num_gpus": None, "include_dashboard": None}
+        with preload.Preload() as workers, _ray(config, options, workers.py_executable):
+            yield
 
 
 def _validate(config: DictConfig) -> None:

@@ -114,7 +114,7 @@ class PluginLoss:
     def _extra(self, name: str) -> Any:
         """A queue field of the micro-batch; token-level ones as wide as the responses."""
         if name not in self._data:
-            raise DataError(f"field {name!r} did not reach the loss; put it with batch.put or declare it in needs")
+            raise DataError(f"field {name!r} did not reach the loss; put it there with batch.put")
         value = self._data[name]
         if not isinstance(value, Tensor):
             return value.tolist() if hasattr(value, "tolist") else value

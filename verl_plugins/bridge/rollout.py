@@ -21,6 +21,7 @@ from verl.trainer.ppo.v1 import agent_loop_tq
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ, apply_greedy_sampling_params
 
 from verl_plugins import manager
+from verl_plugins.bridge.defaults import WorkerDefaults
 from verl_plugins.bridge.queue import prompt_id_of
 from verl_plugins.bridge.rows import Publisher, RewardBatcher, Row, session_rows
 from verl_plugins.services import Prompt, Rollout
@@ -46,6 +47,7 @@ class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
         self.plugins = manager.build(OmegaConf.to_container(self.config.plugins))
         self._seeded = self.rollout_config.name == "transformers" or self.rollout_config.full_determinism
         self._has_group_control = self.plugins.implements("rollout_group")
+        self.plugins.add_fallback(WorkerDefaults())
         self._scorer = RewardBatcher(self.reward_loop_worker_handles)
         self._publisher = Publisher()
         self._single_turn: SingleTurnAgentLoop | None = None
@@ -148,17 +150,17 @@ class _Group:
 
     async def sample(
         self,
-        n: int,
+        n: int | None = None,
         *,
         messages: list[dict[str, str]] | None = None,
         temperature: float | None = None,
         max_tokens: int | None = None,
     ) -> list[Rollout]:
-        """Roll out and score `n` more sessions without publishing them; failed sessions are missing."""
+        """Roll out and score `n` more sessions (the group's size) without publishing them; failed ones are missing."""
         changes = {"temperature": temperature, "max_tokens": max_tokens}
         params = {key: value for key, value in changes.items() if value is not None}
         row = {} if messages is None else {"raw_prompt": messages}
-        return [self._rollout(session) for session in await self.sessions(n, params, row)]
+        return [self._rollout(session) for session in await self.sessions(n or self.size, params, row)]
 
     async def sessions(
         self, n: int, params: Mapping[str, Any] | None = None, row: Mapping[str, Any] | None = None

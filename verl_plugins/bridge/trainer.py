@@ -65,7 +65,8 @@ class Stages(DrawsPrompts):
         self._prompt_log_probs: dict[str, Tensor] = {}
         self._columns: set[str] = set()
         self._shipped: set[str] = set()
-        self._awake = False
+        self._awake = self._stopped = False
+        self._saved_step = 0
         super().__init__(config)
 
     # Setting up
@@ -273,11 +274,22 @@ class Stages(DrawsPrompts):
         return metrics
 
     def fit(self, agent_loop_manager: Any) -> None:
+        if self.global_steps > 0 and self.reporter is not None:
+            self.reporter.note(f"resuming after step {self.global_steps} from {self._checkpoint_folder()}")
         super().fit(agent_loop_manager)
+        if self._stopped:
+            self._finish_early()
         self.plugins.hook.on_train_end(run=self.run)
+
+    def _finish_early(self) -> None:
+        """The last checkpoint, which verl saves only at a step it knew to be the last when the step began."""
+        self.global_steps -= 1
+        if self.config.trainer.save_freq > 0 and self._saved_step != self.global_steps:
+            self._save_checkpoint()
 
     def stop(self, reason: str) -> None:
         """End training after this step."""
+        self._stopped = self.global_steps < self.total_training_steps
         self.total_training_steps = self.global_steps
         if self.reporter is not None:
             self.reporter.note(f"stopping after step {self.global_steps}: {reason}")
@@ -334,6 +346,7 @@ class Stages(DrawsPrompts):
         }
         checkpoint.save(folder, self.global_steps, self.rows.fingerprint, self.plugins, states)
         super()._save_checkpoint()
+        self._saved_step = self.global_steps
 
     def _load_plugin_state(self) -> None:
         folder = self._checkpoint_folder()
@@ -342,8 +355,6 @@ class Stages(DrawsPrompts):
             if plugin.name in states["driver"]:
                 plugin.load_state_dict(states["driver"][plugin.name])
         self.actor_rollout_wg.load_plugin_state(states["actor"])
-        if self.reporter is not None:
-            self.reporter.note(f"resuming after step {self.global_steps} from {folder}")
 
     def _checkpoint_folder(self) -> Path:
         trainer = self.config.trainer
