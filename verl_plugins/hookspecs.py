@@ -88,7 +88,7 @@ def optimizer_step(actor: Actor) -> float | None:
 
 @hookspec
 def on_step_end(run: Run, metrics: dict[str, Any]) -> None:
-    """All metrics of the step are known: report, add to them, or `run.stop(reason)`."""
+    """All metrics of the step are known, its checkpoint is saved: report, add metrics, or `run.stop(reason)`."""
 
 
 @hookspec

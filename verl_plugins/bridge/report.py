@@ -95,6 +95,11 @@ class Reporter:
         core = [f"{key.removeprefix('val-core/')} {value:.3f}" for key, value in values.items() if _is_mean(key)]
         self._console.print(f"validation after step {step}  " + "  ".join(core), soft_wrap=True)
 
+    def end(self, step: int, metrics: Mapping[str, float]) -> None:
+        """What plugins logged when training had ended."""
+        if metrics:
+            self._write({"step": step, "train_end": dict(metrics)})
+
     def note(self, text: str) -> None:
         """A sentence for the user."""
         self._console.print(text)

@@ -277,15 +277,14 @@ class Stages(DrawsPrompts):
         if self.global_steps > 0 and self.reporter is not None:
             self.reporter.note(f"resuming after step {self.global_steps} from {self._checkpoint_folder()}")
         super().fit(agent_loop_manager)
-        if self._stopped:
-            self._finish_early()
+        if self.config.trainer.get("val_only", False):
+            return
+        self.global_steps -= 1  # verl has counted on to the step after the last
+        if self._stopped and self.config.trainer.save_freq > 0 and self._saved_step != self.global_steps:
+            self._save_checkpoint()  # verl saves at a last step only when the step began as one
         self.plugins.hook.on_train_end(run=self.run)
-
-    def _finish_early(self) -> None:
-        """The last checkpoint, which verl saves only at a step it knew to be the last when the step began."""
-        self.global_steps -= 1
-        if self.config.trainer.save_freq > 0 and self._saved_step != self.global_steps:
-            self._save_checkpoint()
+        if self.reporter is not None:
+            self.reporter.end(self.global_steps, self.run.take_metrics())
 
     def stop(self, reason: str) -> None:
         """End training after this step."""

@@ -42,7 +42,7 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[tuple[int, dict
     """Training steps and validations of a run's metrics file."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
     validations = [(record["step"], record["validation"]) for record in records if "validation" in record]
-    return [record for record in records if "validation" not in record], validations
+    return [record for record in records if "timing_s/step" in record], validations
 
 
 def validation_accuracy(metrics: dict[str, float]) -> float:
