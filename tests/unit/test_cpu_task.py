@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+import yaml
 
+from verl_plugins import RECIPES
 from verl_plugins.cpu import warmup
 from verl_plugins.cpu.model import ModelSettings, make_model, make_tokenizer
 from verl_plugins.cpu.task import DATA_SOURCE, TaskSettings, all_sums, split_sums, write_task
 from verl_plugins.cpu.warmup import WarmupSettings, prepare, warm_up
+from verl_plugins.settings import typed
 
 MODEL = ModelSettings(hidden_size=32, layers=1, heads=1, kv_heads=1, intermediate_size=32)
 TASK = TaskSettings(train_rows=40, val_rows=10, terms=2)
@@ -196,3 +199,13 @@ def test_targets_are_the_teachers_probabilities() -> None:
     assert targets.shape == (*ids.shape, len(tokenizer))
     sums = targets.sum(-1)
     assert ((sums - 1).abs() < 1e-6).logical_or(sums == 0).all()
+
+
+class TestPreset:
+    """The preset's file spells out the settings, so that each can be overridden, and they are the defaults."""
+
+    def test_the_file_says_the_defaults(self) -> None:
+        section = yaml.safe_load((RECIPES / "presets" / "cpu.yaml").read_text())["cpu"]
+        for name, settings in (("model", ModelSettings()), ("task", TaskSettings()), ("warmup", WarmupSettings())):
+            assert typed(type(settings), section[name], f"cpu.{name}") == settings
+            assert set(section[name]) == {field.name for field in dataclasses.fields(settings)}
