@@ -13,6 +13,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+RUNS_FROM = 4096
+"""Rows from which looking for runs of equal labels pays off."""
+
 
 class Groups:
     """The partition of B rows into groups.
@@ -159,7 +162,7 @@ def _factorize(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     The bridge sorts a step's rows by key, so they usually are; then only the first row of each run is looked up.
     """
-    if len(labels) < 2 or not (labels[:1] == labels[1:2]).all():
+    if len(labels) < RUNS_FROM or not (labels[:1] == labels[1:2]).all():
         codes, uniques = pd.factorize(labels)
         return codes.astype(np.int64, copy=False), uniques
     starts = np.concatenate([[True], (labels[1:] != labels[:-1]).astype(bool)])
