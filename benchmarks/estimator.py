@@ -5,6 +5,7 @@ python benchmarks/estimator.py
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -49,36 +50,45 @@ def mc_grpo(batch: Batch, uid: np.ndarray) -> torch.Tensor:
     return batch.to_tokens(median_advantage(scores, *median_and_mad(scores, groups)))
 
 
-def compare(rows: int, tokens: int, shuffled: bool) -> None:
-    fields = make_batch(rows, tokens, shuffled)
-    uid, rewards = fields["uid"], fields["rm_scores"]
-    batches = {name: Batch.from_tensors(**fields) for name in ("grpo", "mc_grpo")}
-
-    def fresh(name: str) -> Batch:
-        # What a step computes anew: grouping, sums and the check for rewards that are not finite.
-        batch = batches[name]
-        for cached in ("groups", "_row_sums"):
-            batch.__dict__.pop(cached, None)
-        return batch
-
+def compare(rows: int, tokens: int, shuffled: bool, batches: int) -> None:
+    """Every function goes through `batches` batches in turn: one stays in the caches, sixteen (64 MB up) do not."""
+    fields = [make_batch(rows, tokens, shuffled, seed) for seed in range(batches)]
+    made = [Batch.from_tensors(**one) for one in fields]
     run, plugins = Silent(), {"grpo": Grpo(Grpo.Config()), "mc_grpo": McGrpo(McGrpo.Config())}
+    turns = itertools.count()
+
+    def next_batch() -> tuple[Batch, np.ndarray]:
+        # What a step computes anew: grouping, sums and the check for rewards that are not finite.
+        turn = next(turns) % batches
+        for cached in ("groups", "_row_sums"):
+            made[turn].__dict__.pop(cached, None)
+        return made[turn], fields[turn]["uid"]
+
+    def verl_grpo() -> None:
+        one = fields[next(turns) % batches]
+        compute_grpo_outcome_advantage(one["rm_scores"], one["response_mask"].float(), one["uid"])
+
     best = best_times(
         {
-            "copy": rewards.clone,
-            "grpo": lambda: grpo(fresh("grpo"), uid),
-            "mc_grpo": lambda: mc_grpo(fresh("mc_grpo"), uid),
-            "grpo, the stage with its metrics": lambda: plugins["grpo"].estimate_advantage(run, fresh("grpo")),
-            "mc_grpo, the stage with its metrics": lambda: plugins["mc_grpo"].estimate_advantage(run, fresh("mc_grpo")),
+            "copy": lambda: fields[next(turns) % batches]["rm_scores"].clone(),
+            "grpo": lambda: grpo(*next_batch()),
+            "mc_grpo": lambda: mc_grpo(*next_batch()),
+            "grpo, the stage with its metrics": lambda: plugins["grpo"].estimate_advantage(run, next_batch()[0]),
+            "mc_grpo, the stage with its metrics": lambda: plugins["mc_grpo"].estimate_advantage(run, next_batch()[0]),
         }
     )
-    mask = fields["response_mask"].float()
-    best |= best_times({"verl's grpo": lambda: compute_grpo_outcome_advantage(rewards, mask, uid)}, rounds=1)
+    best |= best_times({"verl's grpo": verl_grpo}, rounds=1)
     order = "shuffled, as balancing over ranks leaves them" if shuffled else "sorted by key, as with one rank"
-    report(f"[{rows}, {tokens}], {rows // GROUP} groups, rows {order}", best, "copy")
+    where = "in the caches" if batches == 1 else "from memory"
+    report(f"[{rows}, {tokens}] {where}, {rows // GROUP} groups, rows {order}", best, "copy")
+    verl = best["verl's grpo"]
+    for name in ("grpo", "mc_grpo"):
+        print(f"  {name}: {verl / best[name]:.0f} times as fast as verl's grpo")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for shape in ((1024, 1024), (8192, 256)):
         for shuffled in (False, True):
-            compare(*shape, shuffled)
+            for batches in (1, 16):
+                compare(*shape, shuffled, batches)
