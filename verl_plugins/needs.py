@@ -64,6 +64,16 @@ def _check_trainer(config: DictConfig) -> None:
         )
     if mode not in MODES:
         raise CompositionError(f"trainer.v1.trainer_mode is {mode!r}{nearest(str(mode), MODES)}")
+    if mode != "sync" and config.actor_rollout_ref.rollout.full_determinism:
+        raise CompositionError(
+            f"actor_rollout_ref.rollout.full_determinism=True cannot be kept with trainer.v1.trainer_mode={mode}, which "
+            "interrupts generation whenever the step's prompts are ready: set trainer.v1.trainer_mode=sync"
+        )
+    if config.trainer.save_freq > 0 and config.trainer.get("max_actor_ckpt_to_keep") == 1:
+        raise CompositionError(
+            "trainer.max_actor_ckpt_to_keep=1 lets verl delete the old checkpoint before it marks the new one, and a "
+            "kill in between leaves none: set trainer.max_actor_ckpt_to_keep=2 or more"
+        )
     manager = OmegaConf.select(config, "actor_rollout_ref.rollout.agent.agent_loop_manager_class")
     if manager is not None:
         raise CompositionError(

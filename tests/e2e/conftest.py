@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from training import SHORT, Training, train
+from training import Training, four_steps, train
 
 HERE = Path(__file__).parent
 METADATA = "Metadata-Version: 2.1\nName: every-stage\nVersion: 1.0\n"
@@ -58,5 +58,4 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def vade(out: Path) -> Training:
     """Recipe vade, mode sync: four steps, checkpoints after the second and the fourth."""
     folder = out / "vade"
-    dump = f"trainer.rollout_data_dir={folder / 'rollouts'}"
-    return train("vade", folder, *SHORT, dump, "trainer.total_training_steps=4", "trainer.save_freq=2")
+    return train("vade", folder, *four_steps(folder))

@@ -17,6 +17,13 @@ TIMEOUT = 400
 SHORT = ("trainer.val_before_train=false", "trainer.test_freq=-1")
 
 
+def four_steps(folder: Path) -> list[str]:
+    """Four steps that are the same whenever they are run, a checkpoint after the second, and a dump of rollouts."""
+    dump = f"trainer.rollout_data_dir={folder / 'rollouts'}"
+    same = "actor_rollout_ref.rollout.full_determinism=true"
+    return [*SHORT, dump, same, "trainer.total_training_steps=4", "trainer.save_freq=2"]
+
+
 @dataclass
 class Training:
     """A finished run."""
@@ -52,12 +59,17 @@ class Training:
         return sorted(found)
 
 
+def command(recipe: str, out: Path, *overrides: str) -> list[str]:
+    """`verl-plugins run RECIPE --preset cpu` as an argument list."""
+    return [str(COMMAND), "run", recipe, "--preset", "cpu", "--out", str(out), *overrides]
+
+
 def train(recipe: str, out: Path, *overrides: str, site: Path | None = None, check: bool = True) -> Training:
-    """Run `verl-plugins run RECIPE --preset cpu`; `site` is a folder to put on the import path of all its processes."""
+    """Run it to its end; `site` is a folder to put on the import path of all its processes."""
     paths = [str(site)] if site else []
     paths += filter(None, [os.environ.get("PYTHONPATH")])
     done = subprocess.run(
-        [COMMAND, "run", recipe, "--preset", "cpu", "--out", out, *overrides],
+        command(recipe, out, *overrides),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -46,6 +48,19 @@ def save(checkpoint: Path, step: int, fingerprint: str, plugins: Iterable[Plugin
     (temporary / "state.json").write_text(json.dumps(manifest, indent=1))
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+
+
+@contextmanager
+def open_whole(file: str | os.PathLike, mode: str = "r", **options: Any) -> Iterator[IO]:
+    """`open` as a context manager; what is written (mode `w`) takes the file's place only once it is complete."""
+    if "w" not in mode:
+        with open(file, mode, **options) as opened:
+            yield opened
+        return
+    temporary = f"{os.fspath(file)}.{os.getpid()}.{threading.get_ident()}"
+    with open(temporary, mode, **options) as opened:
+        yield opened
+    os.replace(temporary, file)
 
 
 def load(checkpoint: Path, step: int, fingerprint: str, plugins: Iterable[Plugin]) -> States:

@@ -32,6 +32,7 @@ def launch(composed: Any, out: Path, verbose: bool = False) -> int:
     out.mkdir(parents=True, exist_ok=True)
     os.environ.update({RUN_VARIABLE: "1", "TOKENIZERS_PARALLELISM": "false", **composed.env})
     config = finish(composed.config, out)
+    os.environ.update(_determinism(config))
     if composed.prepare:
         module, _, function = composed.prepare.partition(":")
         getattr(importlib.import_module(module), function)(config)
@@ -79,6 +80,14 @@ def _score_by_plugins(config: DictConfig) -> None:
     with open_dict(config):
         chosen.update(REWARD_MANAGER)
         chosen.module.path = REWARD_MODULE
+
+
+def _determinism(config: DictConfig) -> dict[str, str]:
+    """What verl's own command sets for `full_determinism` before Ray starts; verl hands it to every process."""
+    rollout, reward_model = config.actor_rollout_ref.rollout, config.reward.reward_model
+    if not (rollout.full_determinism or (reward_model.enable and reward_model.rollout.full_determinism)):
+        return {}
+    return {"VERL_FULL_DETERMINISM": "1", "VLLM_BATCH_INVARIANT": "1", "PYTHONHASHSEED": str(rollout.seed)}
 
 
 def write_run_folder(config: DictConfig, out: Path) -> None:

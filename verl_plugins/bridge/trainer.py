@@ -344,7 +344,8 @@ class Stages(DrawsPrompts):
             "actor": self.actor_rollout_wg.plugin_state()[0],
         }
         checkpoint.save(folder, self.global_steps, self.rows.fingerprint, self.plugins, states)
-        super()._save_checkpoint()
+        with patch.object(trainer_base, "open", checkpoint.open_whole, create=True):
+            super()._save_checkpoint()  # its marker, else empty for a moment, appears in one piece
         self._saved_step = self.global_steps
 
     def _load_plugin_state(self) -> None:

@@ -1,7 +1,8 @@
 """A rollout server on plain Transformers, for machines without vLLM or SGLang; it runs on the platform's device.
 
-Concurrent requests are gathered into waves and decoded together. A wave is ordered by seed and prompt, so that which
-request arrived first does not change what is generated.
+Concurrent requests are gathered into waves and decoded together, each with random numbers of its own seed, in an order
+given by seed and prompt. The size of a wave depends on timing and changes the last bits of its log-probs; with
+`rollout.full_determinism` each request is decoded by itself, and a run of the same seed gives the same numbers.
 """
 
 from __future__ import annotations
@@ -143,8 +144,10 @@ class TransformersServer:
                         future.set_exception(error)
 
     async def _gather(self) -> list[tuple[Request, asyncio.Future]]:
-        """All requests until none arrives for a moment, at most `rollout.max_num_seqs`."""
+        """All requests until none arrives for a moment, at most `rollout.max_num_seqs`; one with full determinism."""
         wave = [await self._queue.get()]
+        if self.config.full_determinism:
+            return wave
         while len(wave) < self.config.max_num_seqs:
             try:
                 wave.append(await asyncio.wait_for(self._queue.get(), QUIET_SECONDS))
