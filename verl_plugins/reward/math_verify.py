@@ -16,11 +16,12 @@ from verl_plugins.services import Answer, Verdict
 
 
 def is_equal(answer: str, truth: str) -> bool:
-    """Whether the last expression in `answer` equals `truth`."""
+    """Whether the last expression in `answer` equals `truth`, which may be LaTeX without its dollar signs."""
     from math_verify import parse, verify
 
     # Both time-outs rely on signals, which work in the main thread only; reward workers score in others.
-    return verify(parse(truth, parsing_timeout=None), parse(answer, parsing_timeout=None), timeout_seconds=None)
+    # Bare LaTeX is read up to its first command: 2\sqrt{3} would be 2.
+    return verify(parse(f"${truth}$", parsing_timeout=None), parse(answer, parsing_timeout=None), timeout_seconds=None)
 
 
 class MathVerify(Plugin):
