@@ -156,3 +156,30 @@ class TestRefusal:
         with pytest.raises(StateError) as error:
             load(folder)
         sentence(error.value, "state format 2", "reads 1")
+
+
+class TestOpenWhole:
+    """A file is replaced in one piece."""
+
+    def test_readers_see_the_old_content_until_the_new_is_complete(self, tmp_path: Path) -> None:
+        marker = tmp_path / "latest"
+        marker.write_text("2")
+        with checkpoint.open_whole(marker, "w") as file:
+            file.write("4")
+            file.flush()
+            assert marker.read_text() == "2"
+        assert marker.read_text() == "4"
+        assert [path.name for path in tmp_path.iterdir()] == ["latest"]
+
+    def test_a_writer_that_fails_leaves_the_old_content(self, tmp_path: Path) -> None:
+        marker = tmp_path / "latest"
+        marker.write_text("2")
+        with pytest.raises(RuntimeError), checkpoint.open_whole(marker, "w") as file:
+            file.write("4")
+            raise RuntimeError
+        assert marker.read_text() == "2"
+
+    def test_reading_is_plain_open(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_bytes(b"1")
+        with checkpoint.open_whole(tmp_path / "file", "rb") as file:
+            assert file.read() == b"1"

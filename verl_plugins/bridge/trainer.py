@@ -35,7 +35,7 @@ from verl_plugins.bridge.queue import QueueSource, is_padding, write_fields
 from verl_plugins.bridge.rollout import METRICS_FIELD
 from verl_plugins.bridge.run import DriverRun
 from verl_plugins.cpu.registration import ROLLOUT_NAME
-from verl_plugins.diagnostics.health import group_health
+from verl_plugins.diagnostics.health import Watch, group_health, policy_health, signal_health
 from verl_plugins.errors import DataError
 
 POLL_SECONDS = 0.04
@@ -59,6 +59,7 @@ class Stages(DrawsPrompts):
         self.seed = int(config.data.seed)
         self.run = DriverRun(self)
         self.reporter: Any = None
+        self.watch = Watch()
         self._full: Batch | None = None
         self._batch: Batch | None = None
         self._rows_per_prompt: int | None = None
@@ -191,7 +192,9 @@ class Stages(DrawsPrompts):
         self.plugins.hook.observe(run=self.run, batch=self._batch)
         if self._batch.written:
             batch = self._store(batch, self._batch)
-        metrics.update(group_health(self._batch.full))
+        asked = None if self.plugins.implements("rollout_group") else self.config.actor_rollout_ref.rollout.n
+        metrics.update(group_health(self._batch.full, asked))
+        metrics.update(signal_health(self._batch) | policy_health(self._batch))
         metrics.update(self._group_metrics(self._batch.full))
         self._drop_from_queue()
         return batch
@@ -266,6 +269,8 @@ class Stages(DrawsPrompts):
         metrics.update(self.run.take_metrics())
         if self.reporter is not None:
             self.reporter.step(self.global_steps, self.total_training_steps, metrics)
+            for sentence in self.watch.look(metrics):
+                self.reporter.note(f"warning: {sentence}")
 
     def _validate(self) -> dict[str, float]:
         metrics = super()._validate()

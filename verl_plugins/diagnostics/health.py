@@ -1,18 +1,129 @@
-"""What every run shows of its groups: how many carry a signal. Sessions count once, padding and drops do not matter."""
+"""What every run shows of itself: how many groups and rows carry a signal, how certain the policy is, what it costs.
+
+Shares of groups count each session once; padding rows and dropped rows do not matter. `Watch` says once, in words, when
+training has stopped making sense.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
 from verl_plugins.batch import Batch
+from verl_plugins.errors import DataError
+
+QUANTILES = (0.1, 0.5, 0.9)
+PATIENCE = 10
+"""Steps in a row that must look wrong before anything is said."""
+MOST_TRUNCATED, FEW_GROUPS = 0.9, 0.05
 
 
-def group_health(batch: Batch) -> dict[str, float]:
-    """Accuracy and the shares of mixed, all-right and all-wrong groups of a step's rollouts."""
+def group_health(batch: Batch, group_size: int | None) -> dict[str, float]:
+    """Accuracy, and shares of groups: mixed, all right, all wrong, of another size than asked.
+
+    `group_size` is asked of prompts without a size of their own; None where plugins decide it while they roll out.
+    """
     groups, correct = batch.groups, batch.correct
     one_per_group = groups.first(batch.is_last)
     right, wrong = groups.all(correct)[one_per_group], groups.all(~correct)[one_per_group]
+    sizes = {}
+    if group_size is not None:
+        off_size = groups.count() != _asked(batch, group_size)
+        sizes["health/groups_off_size"] = _share(off_size[one_per_group])
     return {
-        "health/accuracy": float(correct[batch.is_last].float().mean()),
-        "health/mixed_groups": float((~right & ~wrong).float().mean()),
-        "health/all_right_groups": float(right.float().mean()),
-        "health/all_wrong_groups": float(wrong.float().mean()),
+        "health/accuracy": _share(correct[batch.is_last]),
+        "health/mixed_groups": _share(~right & ~wrong),
+        "health/all_right_groups": _share(right),
+        "health/all_wrong_groups": _share(wrong),
+        **sizes,
+        "health/truncated": _share(batch.truncated[batch.is_last]),
+        "health/generated_tokens": float(batch.response_mask.sum()),
     }
+
+
+def signal_health(batch: Batch) -> dict[str, float]:
+    """What the advantages do with the rows they are computed for.
+
+    A row's advantage is the mean over its tokens. `sign_flips` is the share of rows that are pushed against their
+    score: advantage and score minus the group's mean have opposite signs. `effective_rows` is (Σ|A|)² / (B ΣA²): 1 when
+    all rows weigh the same, 1/B when one row is all there is, 0 without any signal.
+    """
+    mask = batch.response_mask
+    advantage = (batch.advantages * mask).sum(1) / mask.sum(1).clamp(min=1)
+    against = advantage * (batch.scores - batch.groups.mean(batch.scores)) < 0
+    return {
+        "health/zero_advantage_rows": _share(~(batch.advantages * mask).any(1)),
+        "health/sign_flips": _share(against),
+        "health/effective_rows": _effective(advantage.abs().double()),
+    }
+
+
+def policy_health(batch: Batch) -> dict[str, float]:
+    """Entropy per token (mean and quantiles), and how far rollouts are from the policy that is updated.
+
+    `effective_sample_size` is (Σw)² / (B Σw²) of the rows' importance weights, w = Π old probability / rollout
+    probability: 1 on-policy. What verl did not compute in this run is left out.
+    """
+    metrics, mask = {}, batch.response_mask
+    if (entropy := _field(batch, "entropy")) is not None:
+        tokens = entropy[mask].float().numpy()
+        metrics["health/entropy_mean"] = float(tokens.mean())
+        for share, value in zip(QUANTILES, np.quantile(tokens, QUANTILES), strict=True):
+            metrics[f"health/entropy_q{round(share * 100)}"] = float(value)
+    if (rollout := _field(batch, "rollout_log_probs")) is not None and (
+        old := _field(batch, "old_log_probs")
+    ) is not None:
+        log_weight = ((old - rollout) * mask).double().sum(1)
+        metrics["health/effective_sample_size"] = _effective((log_weight - log_weight.max()).exp())
+    return metrics
+
+
+class Watch:
+    """Looks at the metrics of each step; each sentence is said once per run."""
+
+    def __init__(self) -> None:
+        self._bad: dict[str, int] = {}
+        self._said: set[str] = set()
+
+    def look(self, metrics: Mapping[str, float]) -> list[str]:
+        """What the user should know now."""
+        steps = f"for {PATIENCE} steps"
+        sentences = {
+            f"no group had both right and wrong answers {steps}: there is nothing to learn from; the task is too hard or "
+            "too easy for this model": metrics["health/mixed_groups"] == 0,
+            f"over {MOST_TRUNCATED:.0%} of the responses were cut off at their token budget {steps}: raise "
+            "data.max_response_length": metrics["health/truncated"] > MOST_TRUNCATED,
+            f"over {FEW_GROUPS:.0%} of the groups had another size than actor_rollout_ref.rollout.n {steps}: responses "
+            "fail (see verl.log) or uids are mixed up": metrics.get("health/groups_off_size", 0) > FEW_GROUPS,
+        }
+        for sentence, bad in sentences.items():
+            self._bad[sentence] = self._bad.get(sentence, 0) + 1 if bad else 0
+        due = [text for text, steps in self._bad.items() if steps >= PATIENCE and text not in self._said]
+        self._said.update(due)
+        return due
+
+
+def _asked(batch: Batch, group_size: int) -> Tensor:
+    try:
+        return torch.as_tensor(batch.extra("__rollout_n__"))
+    except DataError:
+        return torch.full((len(batch),), group_size)
+
+
+def _field(batch: Batch, name: str) -> Tensor | None:
+    try:
+        return getattr(batch, name)
+    except DataError:
+        return None
+
+
+def _share(flags: Tensor) -> float:
+    return float(flags.float().mean())
+
+
+def _effective(weights: Tensor) -> float:
+    squares = float((weights**2).sum())
+    return float(weights.sum()) ** 2 / (len(weights) * squares) if squares > 0 else 0.0
