@@ -9,6 +9,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from verl_plugins.data.command import app as data
 from verl_plugins.errors import PluginError
 
 LAUNCH = "verl_plugins.bridge.launch:launch"
@@ -38,6 +39,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(data, name="data")
 
 
 def main() -> None:

@@ -1,0 +1,80 @@
+"""`verl-plugins data`: its commands. What a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+Column = Optional[str]  # noqa: UP045
+Text = Optional[str]  # noqa: UP045
+
+app = typer.Typer(help="Data of your own.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.callback()
+def data() -> None:
+    """Data of your own."""
+
+
+@app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to convert.")],
+    to: Annotated[Path, typer.Option("--to", metavar="OUT", help="The parquet file to write.")],
+    val_to: Annotated[Optional[Path], typer.Option(help="Another one, for rows that are held out.")] = None,  # noqa: UP045
+    val_fraction: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="How many are, about; a question always falls on the same side. [default: 0.1]"),
+    ] = None,
+    shape: Annotated[Text, typer.Option(help="gsm8k, math, dapo or plain, where the columns do not tell.")] = None,
+    question: Annotated[Column, typer.Option(metavar="COLUMN", help="What is asked; a.b is the key b in a.")] = None,
+    answer: Annotated[Column, typer.Option(metavar="COLUMN", help="The answer.")] = None,
+    solution: Annotated[Column, typer.Option(metavar="COLUMN", help="The worked solution.")] = None,
+    id: Annotated[Column, typer.Option(metavar="COLUMN", help="A name of each prompt; else a hash of it.")] = None,
+    keep: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="COLUMN", help="A column to keep in extra_info; may be repeated."),
+    ] = None,
+    data_source: Annotated[
+        Text, typer.Option(metavar="NAME", help="Name of the data in metrics; else the file's own, or own/<shape>.")
+    ] = None,
+    system: Annotated[Text, typer.Option(help="A system message before each question.")] = None,
+    suffix: Annotated[Text, typer.Option(help="A last line for each question.")] = None,
+    skip_unanswered: Annotated[bool, typer.Option("--skip-unanswered", help="Leave out rows without answer.")] = False,
+    drop_duplicates: Annotated[
+        bool, typer.Option("--drop-duplicates", help="Keep the first row of each question.")
+    ] = False,
+) -> None:
+    """Turn a file of questions with answers into the parquet that training reads.
+
+    FILE is .jsonl, .json (a list of objects) or .parquet, the first two also .gz.
+
+    Shapes: GSM8K (question, answer with ####), MATH (problem, solution with a boxed answer), DAPO (prompt,
+    reward_model), or plain columns of questions and answers. Where a row has no answer, nothing is written.
+    """
+    from rich.console import Console
+
+    from verl_plugins.data.convert import Options
+    from verl_plugins.data.convert import convert as convert_file
+    from verl_plugins.data.report import print_report
+    from verl_plugins.errors import DataError
+
+    if val_fraction is not None and val_to is None:
+        raise DataError(f"--val-fraction {val_fraction} needs --val-to, the file for the rows that are held out")
+    options = Options(
+        shape=shape,
+        question=question,
+        answer=answer,
+        solution=solution,
+        id=id,
+        keep=tuple(keep or ()),
+        data_source=data_source,
+        system=system,
+        suffix=suffix,
+        val_to=val_to,
+        val_fraction=Options.val_fraction if val_fraction is None else val_fraction,
+        skip_unanswered=skip_unanswered,
+        drop_duplicates=drop_duplicates,
+    )
+    print_report(convert_file(file, to, options, Console(stderr=True)), Console())
