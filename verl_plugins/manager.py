@@ -13,6 +13,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -29,6 +30,10 @@ from verl_plugins.settings import typed
 
 SCOPED = ("run", "tokens", "actor")
 """Arguments of a stage that each plugin receives as its own view, where they have one (`.scoped(plugin name)`)."""
+
+
+TRACE_VARIABLE = "VERL_PLUGINS_TRACE"
+"""Set to 1, each call of a stage is printed: the plugins called, in order, and what came back."""
 
 
 def build(section: Mapping[str, Any]) -> Plugins:
@@ -95,6 +100,8 @@ class Plugins:
             self._register(plugin, plugin.name)
         for stage in FIRST_RESULT:
             self._refuse_conflict(stage)
+        if os.environ.get(TRACE_VARIABLE, "") not in ("", "0"):
+            self._manager.add_hookcall_monitoring(_note_call, _note_result)
 
     @property
     def hook(self) -> pluggy.HookRelay:
@@ -203,6 +210,22 @@ def _scoped(impl: pluggy.HookImpl, owner: str, stage: str) -> Callable[..., Any]
     if impl.wrapper or impl.hookwrapper:
         return wrapper
     return coroutine if inspect.iscoroutinefunction(function) else plain
+
+
+def _note_call(stage: str, impls: Sequence[pluggy.HookImpl], arguments: Mapping[str, Any]) -> None:
+    order = " > ".join(f"{impl.plugin_name} ({_kind(stage, impl)})" for impl in reversed(impls)) or "no plugin"
+    step = getattr(arguments.get("run") or arguments.get("tokens") or arguments.get("actor"), "step", None)
+    print(f"trace: process {os.getpid()}{'' if step is None else f' step {step}'}: {stage} calls {order}", flush=True)
+
+
+def _note_result(outcome: pluggy.Result, stage: str, impls: Sequence[pluggy.HookImpl], _: Mapping[str, Any]) -> None:
+    if outcome.exception is not None:
+        result = f"{type(outcome.exception).__name__}: {outcome.exception}"
+    else:
+        value = outcome.get_result()
+        shape = getattr(value, "shape", None)
+        result = type(value).__name__ if shape is None else f"{type(value).__name__} {list(shape)}"
+    print(f"trace: process {os.getpid()}: {stage} gave {result}", flush=True)
 
 
 @contextlib.contextmanager

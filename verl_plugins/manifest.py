@@ -8,6 +8,7 @@ name is the plugin's. A class that cannot be read from its source (a computed de
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from importlib.machinery import PathFinder
@@ -22,6 +23,10 @@ from verl_plugins.plugin import Plugin
 from verl_plugins.source import NotLiteral, class_source, missing_import
 
 GROUP = PROJECT
+ALLOW_VARIABLE = "VERL_PLUGINS_ALLOW"
+"""Names of the plugins that may be loaded, with commas between; set but empty allows none."""
+BLOCK_VARIABLE = "VERL_PLUGINS_BLOCK"
+"""Names of plugins that are treated as if they were not installed; empty blocks none."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +104,20 @@ class Folder:
 
 
 def entries() -> list[EntryPoint]:
-    """All entry points of the group, by name and distribution: a scan of every installed package, so made once."""
-    return sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, _owner(entry)))
+    """All entry points of the group that may be used, by name and distribution: a scan of every installed package."""
+    found = sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, _owner(entry)))
+    return [entry for entry in found if is_recipes(entry) or not barred(entry.name)]
+
+
+def barred(name: str) -> str:
+    """The environment variable that keeps plugin `name` out, or ``."""
+    if name in _names(BLOCK_VARIABLE):
+        return BLOCK_VARIABLE
+    return ALLOW_VARIABLE if ALLOW_VARIABLE in os.environ and name not in _names(ALLOW_VARIABLE) else ""
+
+
+def _names(variable: str) -> list[str]:
+    return [name.strip() for name in os.environ.get(variable, "").split(",") if name.strip()]
 
 
 def is_recipes(entry: EntryPoint) -> bool:
@@ -122,6 +139,10 @@ def find(name: str, installed: Iterable[EntryPoint]) -> Manifest:
     """The one usable plugin called `name`, or a CompositionError: unknown, brought twice, or broken."""
     plugins = [entry for entry in installed if not is_recipes(entry)]
     found = [describe(entry) for entry in plugins if entry.name == name]
+    if not found and (variable := barred(name)):
+        raise CompositionError(
+            f"plugin {name!r} is kept out by {variable}={os.environ[variable]!r}: change or unset it"
+        )
     if not found:
         raise CompositionError(f"plugin {name!r} is not installed{nearest(name, {entry.name for entry in plugins})}")
     if len(found) > 1:
@@ -163,7 +184,7 @@ _ATTRIBUTES = ("name", "paper", "version", "api", "verl", "needs")
 
 
 def _from_source(entry: EntryPoint) -> Manifest:
-    source = class_source(_locate(entry.module), entry.attr)
+    source = class_source(locate(entry.module), entry.attr)
     if cause := missing_import(source.module):
         return Manifest(**_owned(entry), broken=cause)
     settings = tuple(
@@ -211,7 +232,7 @@ def _type_text(annotation: Any) -> str:
     return annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
 
 
-def _locate(module: str) -> Path:
+def locate(module: str) -> Path:
     """The source file of a module, found without executing it or its parent packages."""
     parts = module.split(".")
     spec = find_spec(parts[0])

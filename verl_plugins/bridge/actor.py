@@ -13,7 +13,7 @@ from verl.utils.device import get_device_name
 from verl.utils.metric import Metric
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
-from verl_plugins import manager
+from verl_plugins.bridge import census
 from verl_plugins.bridge.defaults import ActorDefaults
 from verl_plugins.bridge.loss import PluginLoss
 
@@ -34,7 +34,7 @@ class PluginActorWorker(ActorRolloutRefWorker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def set_plugins(self, section: dict[str, dict[str, Any]], seed: int) -> None:
         """Build this process's plugins and put them into loss and optimiser step; once, after `init_model`."""
-        plugins = manager.build(section)
+        plugins = census.build(section, f"actor worker {torch.distributed.get_rank()}")
         engine = self.actor.engine
         loss = PluginLoss(plugins, omega_conf_to_dataclass(self.config.actor), seed, torch.distributed.get_rank())
         actor = EngineActor(engine, loss)

@@ -14,9 +14,10 @@ from verl_plugins.bridge import RUN_VARIABLE
 
 def _install() -> None:
     if os.environ.get("VERL_PLATFORM") == "cpu":
-        from verl_plugins.cpu import platform
+        from verl_plugins.cpu import platform, vllm
 
         platform.install()
+        vllm.answer_version()
     from verl_plugins.cpu import registration
 
     registration.register_rollout()

@@ -15,13 +15,16 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from verl_plugins import manager
-from verl_plugins.bridge import RUN_VARIABLE
+from verl_plugins import manager, manifest
+from verl_plugins.bridge import RUN_VARIABLE, census
 from verl_plugins.bridge.report import LOG_FILE, Reporter, Terminal
 from verl_plugins.errors import CompositionError, PluginError
 
 REWARD_MANAGER = {"source": "importlib", "name": "PluginRewardManager"}
 REWARD_MODULE = "pkg://verl_plugins.bridge.reward"
+VARIABLES = (RUN_VARIABLE, "VERL_PLATFORM", "VERL_ENGINE_DEVICE", census.DIGESTS_VARIABLE)
+VARIABLES += (manifest.ALLOW_VARIABLE, manifest.BLOCK_VARIABLE, manager.TRACE_VARIABLE)
+"""What every process of a run has in its environment as the driver has it."""
 VERSIONS = ("verl-plugins", "verl", "torch", "transformers", "ray", "TransferQueue", "vllm", "sglang")
 
 
@@ -32,7 +35,7 @@ def launch(composed: Any, out: Path, verbose: bool = False) -> int:
     out.mkdir(parents=True, exist_ok=True)
     os.environ.update({RUN_VARIABLE: "1", "TOKENIZERS_PARALLELISM": "false", **composed.env})
     config = finish(composed.config, out)
-    os.environ.update(_determinism(config))
+    os.environ.update(_determinism(config) | census.announce(OmegaConf.to_container(config.plugins)))
     if composed.prepare:
         module, _, function = composed.prepare.partition(":")
         getattr(importlib.import_module(module), function)(config)
@@ -134,9 +137,7 @@ def _runtime(config: DictConfig, asked: dict[str, Any], py_executable: str | Non
     from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
     runtime = get_ppo_ray_runtime_env(config)
-    ours = {
-        name: os.environ[name] for name in (RUN_VARIABLE, "VERL_PLATFORM", "VERL_ENGINE_DEVICE") if name in os.environ
-    }
+    ours = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     variables = {**runtime["env_vars"], **ours, **asked.pop("env_vars", {}), "TRANSFER_QUEUE_ENABLE": "1"}
     forked = {} if py_executable is None else {"py_executable": py_executable}
     return {**runtime, **forked, **asked, "env_vars": variables}
@@ -154,7 +155,7 @@ def _local_ray(config: DictConfig) -> Iterator[None]:
         with node.announced():
             from verl_plugins.cpu import preload
 
-            for module in preload.MODULES:
+            for module in preload.MODULES + preload.OF_ROLLOUT.get(config.actor_rollout_ref.rollout.name, ()):
                 importlib.import_module(module)
         options = {"address": node.address, "num_cpus": None, "num_gpus": None, "include_dashboard": None}
         with preload.Preload() as workers, _ray(config, options, workers.py_executable):

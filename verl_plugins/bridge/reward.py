@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from verl import DataProto
 from verl.experimental.reward_loop.reward_manager.naive import NaiveRewardManager
 
-from verl_plugins import manager
+from verl_plugins.bridge import census
 from verl_plugins.services import Answer, Verdict
 
 
@@ -17,7 +17,7 @@ class PluginRewardManager(NaiveRewardManager):
 
     def __init__(self, config: Any, tokenizer: Any, compute_score: Any, **kwargs: Any) -> None:
         super().__init__(config, tokenizer, compute_score, **kwargs)
-        self.plugins = manager.build(OmegaConf.to_container(config.plugins))
+        self.plugins = census.build(OmegaConf.to_container(config.plugins), "reward worker")
 
     async def run_single(self, data: DataProto) -> dict[str, Any]:
         """Score the last output of one session."""

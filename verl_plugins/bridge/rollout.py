@@ -20,7 +20,7 @@ from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentL
 from verl.trainer.ppo.v1 import agent_loop_tq
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ, apply_greedy_sampling_params
 
-from verl_plugins import manager
+from verl_plugins.bridge import census
 from verl_plugins.bridge.defaults import WorkerDefaults
 from verl_plugins.bridge.queue import prompt_id_of
 from verl_plugins.bridge.rows import Publisher, RewardBatcher, Row, session_rows
@@ -44,13 +44,23 @@ class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.plugins = manager.build(OmegaConf.to_container(self.config.plugins))
-        self._seeded = self.rollout_config.name == "transformers" or self.rollout_config.full_determinism
+        self.plugins = census.build(OmegaConf.to_container(self.config.plugins), "agent-loop worker")
+        self._seeded = self._seeds_requests()
         self._has_group_control = self.plugins.implements("rollout_group")
         self.plugins.add_fallback(WorkerDefaults())
         self._scorer = RewardBatcher(self.reward_loop_worker_handles)
         self._publisher = Publisher()
         self._single_turn: SingleTurnAgentLoop | None = None
+
+    def _seeds_requests(self) -> bool:
+        """Whether every request has a seed of its own.
+
+        On GPUs that costs vLLM and SGLang time. And where generation is interrupted, their continuation of a request
+        would draw the same random numbers again.
+        """
+        rollout, trainer = self.rollout_config, self.config.trainer
+        on_cpu = trainer.device == "cpu" and trainer.v1.trainer_mode == "sync"
+        return rollout.name == "transformers" or rollout.full_determinism or on_cpu
 
     async def _run_prompt(self, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool = False) -> None:
         """verl's entry: one prompt, all sessions of its group, its status in the queue."""
@@ -130,7 +140,8 @@ class _Group:
     def __init__(self, worker: Any, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool) -> None:
         rollout = worker.config.actor_rollout_ref.rollout
         self.validate = trajectory["validate"]
-        self.size = int(prompt.pop("__rollout_n__", rollout.val_kwargs.n if self.validate else rollout.n))
+        # Stays in the row: what was asked is compared with what came back.
+        self.size = int(prompt.get("__rollout_n__", rollout.val_kwargs.n if self.validate else rollout.n))
         do_sample = prompt.pop("__do_sample__", True)
         self._worker, self._row, self._trajectory, self._trace = worker, prompt, trajectory, trace
         self._params = dict(sampling_params)
@@ -160,7 +171,8 @@ class _Group:
         changes = {"temperature": temperature, "max_tokens": max_tokens}
         params = {key: value for key, value in changes.items() if value is not None}
         row = {} if messages is None else {"raw_prompt": messages}
-        return [self._rollout(session) for session in await self.sessions(n or self.size, params, row)]
+        limit = max_tokens or self._params.get("max_tokens") or self._worker.config.data.max_response_length
+        return [self._rollout(session, limit) for session in await self.sessions(n or self.size, params, row)]
 
     async def sessions(
         self, n: int, params: Mapping[str, Any] | None = None, row: Mapping[str, Any] | None = None
@@ -187,13 +199,10 @@ class _Group:
         key = [seed, self.step, int(self._row["index"]) if self.validate else self.prompt.id, int(self.validate)]
         return int(np.random.SeedSequence([*key, number]).generate_state(1, np.uint32)[0])
 
-    def _rollout(self, session: _Session) -> Rollout:
+    def _rollout(self, session: _Session, limit: int) -> Rollout:
         last = session.outputs[-1]
         info = dict(last.extra_fields.get("reward_extra_info", {}))
-        tokenizer, limit = (
-            self._worker.tokenizer,
-            self._params.get("max_tokens") or self._worker.config.data.max_response_length,
-        )
+        tokenizer = self._worker.tokenizer
         verdict = float(info.get("acc", last.reward_score))
         ended = bool(last.response_ids) and last.response_ids[-1] == tokenizer.eos_token_id
         return Rollout(

@@ -24,9 +24,8 @@ from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-from verl_plugins import manager
 from verl_plugins.batch import Batch
-from verl_plugins.bridge import checkpoint
+from verl_plugins.bridge import census, checkpoint
 from verl_plugins.bridge.actor import PluginActorWorker
 from verl_plugins.bridge.defaults import DriverDefaults
 from verl_plugins.bridge.drawing import DrawsPrompts
@@ -52,7 +51,7 @@ class Stages(DrawsPrompts):
     """The stages, mixed into one of verl's trainers."""
 
     def __init__(self, config: Any) -> None:
-        self.plugins = manager.build(OmegaConf.to_container(config.plugins))
+        self.plugins = census.build(OmegaConf.to_container(config.plugins), "driver")
         self.defaults = DriverDefaults()
         self.plugins.add_fallback(self.defaults)
         self.needs = frozenset().union(*[plugin.needs for plugin in self.plugins])

@@ -92,8 +92,8 @@ class Watch:
         """What the user should know now."""
         steps = f"for {PATIENCE} steps"
         sentences = {
-            f"no group had both right and wrong answers {steps}: there is nothing to learn from; the task is too hard or "
-            "too easy for this model": metrics["health/mixed_groups"] == 0,
+            f"no group had both right and wrong answers {steps}: there is nothing to learn from; the task is too "
+            "hard or too easy for this model": metrics["health/mixed_groups"] == 0,
             f"over {MOST_TRUNCATED:.0%} of the responses were cut off at their token budget {steps}: raise "
             "data.max_response_length": metrics["health/truncated"] > MOST_TRUNCATED,
             f"over {FEW_GROUPS:.0%} of the groups had another size than actor_rollout_ref.rollout.n {steps}: responses "
