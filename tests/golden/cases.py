@@ -1,4 +1,4 @@
-"""Reading a case so that nothing in it is overlooked, and building what the hooks take from it."""
+"""Building what hooks take from a case; reading one so that nothing is overlooked is `verl_plugins.testing.Case`."""
 
 from __future__ import annotations
 
@@ -9,41 +9,9 @@ import torch
 from verl.trainer.ppo.core_algos import agg_loss
 
 from verl_plugins import Batch, Tokens
+from verl_plugins.testing import Case
 
-MISSING = object()
-
-
-class Case:
-    """Inputs and params of a case; `check_all_read` fails on what the replay did not ask for."""
-
-    def __init__(self, inputs: dict[str, Any], params: dict[str, Any]) -> None:
-        self._parts = {"input": inputs, "parameter": params}
-        self._read: dict[str, set[str]] = {"input": set(), "parameter": set()}
-
-    def input(self, key: str, default: Any = MISSING) -> Any:
-        return self._get("input", key, default)
-
-    def param(self, key: str, default: Any = MISSING) -> Any:
-        return self._get("parameter", key, default)
-
-    def tensor(self, key: str) -> torch.Tensor:
-        """An input as a float64 tensor."""
-        return torch.tensor(self.input(key), dtype=torch.float64)
-
-    def has(self, key: str) -> bool:
-        return key in self._parts["input"]
-
-    def _get(self, part: str, key: str, default: Any) -> Any:
-        self._read[part].add(key)
-        if key not in self._parts[part]:
-            assert default is not MISSING, f"the case has no {part} {key!r}"
-            return default
-        return self._parts[part][key]
-
-    def check_all_read(self) -> None:
-        for part, fields in self._parts.items():
-            unknown = set(fields) - self._read[part]
-            assert not unknown, f"this replay does not know {part} {sorted(unknown)}"
+__all__ = ["Case", "Rows", "actor_config", "aggregate", "make_tokens"]
 
 
 class Rows:

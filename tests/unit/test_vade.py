@@ -147,18 +147,16 @@ class TestSelectPrompts:
     """The hook: own generator, nothing in flight, reproducible."""
 
     def test_distinct_eligible_and_reproducible(self):
-        run = FakeRun(dataset=FakeDataset(50), flying=range(40))
-        ids = method().select_prompts(run, 8)
+        first, again = [FakeRun(dataset=FakeDataset(50), flying=range(40)) for _ in range(2)]
+        ids = method().select_prompts(first, 8)
         assert len(set(ids.tolist())) == 8
         assert min(ids) >= 40
-        assert (method().select_prompts(run, 8) == ids).all()
+        assert (method().select_prompts(again, 8) == ids).all()
 
-    def test_refill_of_a_step_continues_the_ranking(self):
-        run = FakeRun(dataset=FakeDataset(30))
-        whole = method().select_prompts(run, 6).tolist()
-        first = method().select_prompts(run, 4).tolist()
-        run.flying = first
-        assert first + method().select_prompts(run, 2).tolist() == whole
+    def test_refill_of_a_step_asks_others(self):
+        plugin, run = method(), FakeRun(dataset=FakeDataset(6))
+        run.flying = plugin.select_prompts(run, 4).tolist()
+        assert {*run.flying, *plugin.select_prompts(run, 2).tolist()} == set(range(6))
 
     def test_greedy(self):
         plugin, run = method(mode="greedy"), FakeRun(dataset=FakeDataset(3))
@@ -192,9 +190,9 @@ class TestState:
             plugin.observe(run, make_batch(*[(int(i), [1.0, 0.0, 0.0]) for i in ids]))
         other = method()
         other.load_state_dict(plugin.state_dict())
-        run.step = 3
         assert other.step == 2
-        assert (other.select_prompts(run, 4) == plugin.select_prompts(run, 4)).all()
+        first, again = [FakeRun(dataset=FakeDataset(20), step=3) for _ in range(2)]
+        assert (other.select_prompts(first, 4) == plugin.select_prompts(again, 4)).all()
         assert (other.alpha == plugin.alpha).all()
         other.alpha[:] = 7
         assert not (plugin.alpha == 7).any(), "the loaded arrays are its own"

@@ -1,0 +1,178 @@
+"""The actor's part of an episode: micro-batches through the loss stages, and the optimiser steps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from verl_plugins.batch import Tokens
+from verl_plugins.bridge.defaults import ActorDefaults
+from verl_plugins.errors import DataError
+from verl_plugins.manager import Plugins
+from verl_plugins.plugin import Plugin
+from verl_plugins.testing.fakes import FakeActor
+from verl_plugins.testing.record import Recorder, StageFailed
+from verl_plugins.testing.scenario import Change, Table, stored_as
+
+ALWAYS = ("prompts", "responses", "response_mask", "old_log_probs", "advantages")
+"""Fields `tokens.extra` gives besides those put and those needed."""
+IF_NEEDED = ("entropy", "rollout_log_probs", "ref_log_probs", "rm_scores", "verdict", "uid")
+PADDING_ROWS = 2
+STAGES = ("policy_loss", "loss_terms", "optimizer_step")
+
+
+class ActorPart:
+    """One actor worker."""
+
+    def __init__(self, plugin: Plugin, config: DictConfig, change: Change, seed: int, recorder: Recorder) -> None:
+        self._needs, self._change, self._seed, self._recorder = frozenset(plugin.needs), change, seed, recorder
+        self._settings = OmegaConf.create(OmegaConf.to_container(config.actor_rollout_ref.actor, resolve=True))
+        self._settings.global_batch_info = {"dp_size": 1, "loss_scale_factor": None}
+        self._actor = FakeActor(seed)
+        self._plugins = Plugins([plugin])
+        self._own = {stage for stage in STAGES if self._plugins.implements(stage)}
+        self._plugins.add_fallback(ActorDefaults(self._actor.optimizer_step))
+
+    def update(self, step: int, rows: Table, put: set[str], width: int) -> None:
+        """Two mini-batches of two micro-batches each.
+
+        Args:
+            put: names of the fields plugins have added.
+            width: T of the step without added padding, to which results are recorded.
+        """
+        self._width = width
+        rows = rows.rows(np.argsort(rows.keys).tolist())
+        for mini_batch, part in enumerate(np.array_split(np.arange(len(rows)), 2)):
+            self._actor.step, self._actor.mini_batch = step, mini_batch
+            self._settings.global_batch_info.batch_num_tokens = int(rows.columns["response_mask"][part].sum())
+            self._settings.global_batch_info.global_batch_size = len(part)
+            for micro_batch, piece in enumerate(self._micro_batches(rows, part)):
+                if self._own & {"policy_loss", "loss_terms"}:
+                    self._losses(step, mini_batch, micro_batch, piece, put)
+            if "optimizer_step" in self._own:
+                self._optimizer_step()
+
+    def weights(self) -> Any:
+        """A copy of model and optimiser."""
+        return copy.deepcopy((self._actor.module.state_dict(), self._actor.optimizer.state_dict()))
+
+    def set_weights(self, weights: Any) -> None:
+        """Put such a copy in place."""
+        module, optimizer = copy.deepcopy(weights)
+        self._actor.module.load_state_dict(module)
+        self._actor.optimizer.load_state_dict(optimizer)
+
+    def _micro_batches(self, rows: Table, part: np.ndarray) -> list[Table]:
+        pieces = np.array_split(part, 1 if self._change.split else 2)
+        tables = [rows.rows(piece.tolist()) for piece in pieces if len(piece)]
+        if self._change.shuffle:
+            return [table.shuffled(place) for place, table in enumerate(tables)]
+        if not self._change.pad:
+            return [table.as_wide_as(int(table.columns["response_lengths"].max())) for table in tables]
+        tables = [table.with_padding_rows(PADDING_ROWS) for table in tables]
+        return [*tables, tables[-1].rows(range(len(tables[-1]) - PADDING_ROWS, len(tables[-1])))]
+
+    def _losses(self, step: int, mini_batch: int, micro_batch: int, rows: Table, put: set[str]) -> None:
+        rows = rows.copy()
+        leaves = {
+            "log_probs": rows.columns["log_probs"].clone().requires_grad_(),
+            "entropy": rows.columns["current_entropy"].clone().requires_grad_(),
+        }
+        mask, logged = rows.columns["response_mask"].bool(), {}
+        tokens = Tokens(
+            log_probs=leaves["log_probs"] * 1.0,  # as in training not a leaf
+            old_log_probs=rows.columns["old_log_probs"],
+            advantages=rows.columns["advantages"],
+            response_mask=mask,
+            config=self._settings,
+            entropy=leaves["entropy"] * 1.0 if "current_entropy" in self._needs else None,
+            extra=self._extra(rows, put),
+            log=lambda owner, metrics, reduce: logged.update(metrics),
+            step=step,
+            mini_batch=mini_batch,
+            micro_batch=micro_batch,
+            seed=self._seed,
+        )
+        inputs = {f"tokens.{name}": value for name, value in vars(tokens).items() if isinstance(value, Tensor)}
+        inputs = {name: value.detach() for name, value in inputs.items()}
+        inputs |= {f"tokens.extra({name!r})": value for name, value in rows.columns.items()}
+        for stage in sorted(self._own & {"policy_loss", "loss_terms"}, reverse=True):
+            result = self._recorder.call(self._plugins, stage, inputs, tokens=tokens)
+            for what, values in _by_name(stage, result).items():
+                self._recorder.require_tokens(stage, values, mask, what)
+                self._record(step, stage, what, values, rows, mask)
+                for by, gradient in self._gradients(stage, what, values, leaves, mask).items():
+                    self._record(step, stage, f"the gradient of {what} by {by}", gradient, rows, mask)
+            if mask.any():
+                self._recorder.note_metrics(step, stage, logged, f"micro-batch {mini_batch}.{micro_batch}")
+            logged.clear()
+
+    def _record(self, step: int, stage: str, what: str, values: Tensor, rows: Table, mask: Tensor) -> None:
+        on_tokens = values.detach().masked_fill(~mask, 0)
+        sized = torch.nn.functional.pad(on_tokens, (0, self._width - on_tokens.shape[1]))
+        self._recorder.note_rows(step, stage, what, rows.keys, sized)
+
+    def _gradients(
+        self, stage: str, what: str, values: Tensor, leaves: Mapping[str, Tensor], mask: Tensor
+    ) -> dict[str, Tensor]:
+        """Of the sum over the mask."""
+        total = values[mask].sum()
+        if not mask.any():
+            return {}
+        gradients: Sequence[Tensor | None] = [None] * len(leaves)
+        if total.requires_grad:
+            gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, retain_graph=True)
+        found = {name: gradient for name, gradient in zip(leaves, gradients, strict=True) if gradient is not None}
+        if not found:
+            self._recorder.fault("gradient", stage, f"gives {what} through which no gradient reaches the policy")
+        for name, gradient in found.items():
+            if not torch.isfinite(gradient).all():
+                self._recorder.fault("gradient", stage, f"gives {what} with a gradient by {name} that is not finite")
+            elif gradient.masked_fill(mask, 0).any():
+                self._recorder.fault(
+                    "gradient", stage, f"gives {what} whose values on the response mask depend on {name} outside it"
+                )
+        return found
+
+    def _extra(self, rows: Table, put: set[str]) -> Callable[[str], Any]:
+        known = {*ALWAYS, *put, *(stored_as(name) for name in self._needs & set(IF_NEEDED))}
+
+        def extra(name: str) -> Any:
+            if name not in known:
+                raise DataError(f"field {name!r} did not reach the loss; declare it in needs or put it with batch.put")
+            return rows.columns[name]
+
+        return extra
+
+    def _optimizer_step(self) -> None:
+        actor, stage = self._actor, "optimizer_step"
+        actor.accumulate()
+        actor.metrics = {}
+        norm = self._recorder.call(self._plugins, stage, {}, actor=actor)
+        if not isinstance(norm, (int, float, Tensor)):
+            raise StageFailed(stage, f"gives {norm!r}, expected the norm of the gradients")
+        if not np.isfinite(float(norm)):
+            self._recorder.fault("result", stage, f"gives {float(norm)} as the norm of the gradients")
+        weights = torch.cat([parameter.detach().flatten() for parameter in actor.module.parameters()])
+        if not torch.isfinite(weights).all():
+            self._recorder.fault("result", stage, "leaves weights that are not finite")
+        self._recorder.note_metrics(actor.step, stage, actor.metrics, f"mini-batch {actor.mini_batch}")
+        self._recorder.note(actor.step, stage, f"the norm of mini-batch {actor.mini_batch}", float(norm))
+        self._recorder.note(actor.step, stage, f"the weights after mini-batch {actor.mini_batch}", weights.numpy())
+
+
+def _by_name(stage: str, result: Any) -> dict[str, Tensor]:
+    if stage == "policy_loss":
+        return {"a loss": result}
+    terms: dict[str, Tensor] = {}
+    for named in result:
+        if named is not None and not isinstance(named, Mapping):
+            raise StageFailed(stage, f"gives a {type(named).__name__}, expected terms by name or None")
+        terms |= {f"the term {name!r}": values for name, values in (named or {}).items()}
+    return terms

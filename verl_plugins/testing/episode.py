@@ -1,0 +1,296 @@
+"""A few training steps without a trainer: the stages of one plugin in the order and the processes training has."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+from torch import Tensor
+
+from verl_plugins.advantage.grpo import grpo_advantage
+from verl_plugins.batch import Batch, TensorSource
+from verl_plugins.bridge.defaults import DriverDefaults, WorkerDefaults
+from verl_plugins.diagnostics.health import group_health
+from verl_plugins.hookspecs import STAGES
+from verl_plugins.manager import Plugins
+from verl_plugins.plugin import Plugin
+from verl_plugins.services import Answer, Prompt, Prompts, Rollout, Verdict
+from verl_plugins.testing.actor import ActorPart
+from verl_plugins.testing.fakes import FakeRun
+from verl_plugins.testing.record import Recorder, StageFailed, batch_inputs
+from verl_plugins.testing.scenario import POLICY_FIELDS, TOKENIZER, Change, Scenario, Table, World, stored_as
+
+PROCESSES = ("driver", "agent_loop", "reward", "actor")
+DISTURBED = ("old_log_probs", "log_probs", "entropy", "current_entropy", "rollout_log_probs", "ref_log_prob")
+MORE_COLUMNS = 3
+
+
+class GroupRun:
+    """The run in `rollout_group`: this much and no more."""
+
+    def __init__(self, run: FakeRun, prompt_id: int) -> None:
+        self.config, self.step, self.tokenizer = run.config, run.step, run.tokenizer
+        self.metrics: dict[str, float] = {}
+        self._key = [run.seed, run.step, prompt_id]
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        self.metrics.update(metrics)
+
+    def rng(self, name: str = "") -> np.random.Generator:
+        return np.random.default_rng([*self._key, *name.encode()])
+
+
+class Episode:
+    """Plays steps and records them.
+
+    Args:
+        make: builds one configured instance; every process has its own, as in training.
+        change: what is different from the plain training.
+        follow: an episode whose results (prompts, rows dropped, rewards, advantages, fields put) are continued with,
+            whatever they are here: then a law is broken where it is broken, and not at all later stages as well.
+        shared: one instance in all processes.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Plugin],
+        scenario: Scenario,
+        config: DictConfig,
+        *,
+        change: Change | None = None,
+        follow: Episode | None = None,
+        shared: bool = False,
+    ) -> None:
+        only = make() if shared else None
+        self.plugins = {process: only or make() for process in PROCESSES}
+        self.recorder = Recorder()
+        self.choices: dict[tuple[int, str], Any] = {}
+        """What training went on with: (step, stage) -> prompt ids, keys of dropped rows, or the rows."""
+        self._scenario, self._config, self._follow = scenario, config, follow
+        self._change = change or Change()
+        self._world = World(scenario)
+        self._calls = {process: Plugins([plugin]) for process, plugin in self.plugins.items() if process != "actor"}
+        self._own = {stage for stage in STAGES if self._calls["driver"].implements(stage)}
+        self._defaults = DriverDefaults()
+        self._calls["driver"].add_fallback(self._defaults)
+        self._calls["agent_loop"].add_fallback(WorkerDefaults())
+        self._needs = frozenset(self.plugins["driver"].needs)
+        self._actor = ActorPart(self.plugins["actor"], config, self._change, scenario.seed, self.recorder)
+
+    def play(self, steps: Sequence[int], *, end: bool = False) -> Episode:
+        """Steps by number, from 1; `end` also ends the training."""
+        for step in steps:
+            self._step(step)
+        if end and "on_train_end" in self._own:
+            run = self._run(steps[-1])
+            self._driver("on_train_end", run)
+        return self
+
+    def weights(self) -> Any:
+        """A copy of the actor's model and optimiser."""
+        return self._actor.weights()
+
+    def set_weights(self, weights: Any) -> None:
+        """What verl restores by itself when a run is resumed."""
+        self._actor.set_weights(weights)
+
+    # One step
+
+    def _step(self, step: int) -> None:
+        run = self._run(step)
+        prompts = self._prompts(run)
+        rows = self._world.table(step, [self._group(run, prompt, place) for place, prompt in enumerate(prompts)])
+        self._width = rows.width
+        if self._change.pad:
+            rows = rows.disturbed(DISTURBED).as_wide_as(rows.width + MORE_COLUMNS)
+        rows, full = self._shaped(run, rows)
+        rows, put = self._estimated(run, rows, full)
+        self._actor.update(step, rows, put | full.written.keys(), self._width)
+        if "on_step_end" in self._own:
+            metrics = {
+                "training/global_step": float(step),
+                "actor/entropy": float(rows.columns["entropy"][rows.columns["response_mask"].bool()].mean()),
+                "actor/grad_norm": 1.0,
+                "actor/loss": 0.0,
+                "actor/pg_loss": 0.0,
+                "critic/score/mean": float(full.scores.mean()),
+                "response_length/mean": float(full.lengths.float().mean()),
+                **group_health(full),
+            }
+            self._driver("on_step_end", run, metrics=metrics)
+
+    def _run(self, step: int) -> FakeRun:
+        size = len(self._world.dataset)
+        flying = [size - 2, size - 1] if step > 1 else []
+        return FakeRun(self._world.dataset, self._config, step, self._scenario.seed, flying, TOKENIZER)
+
+    def _driver(self, stage: str, run: FakeRun, **arguments: Any) -> Any:
+        """Call a driver's stage and record what it logged and put."""
+        batch: Batch | None = arguments.get("batch")
+        put = dict(batch.written) if batch else {}
+        result = self._watched("driver", stage, run=run, **arguments)
+        self.recorder.note_metrics(run.step, stage, run.metrics)
+        run.metrics = {}
+        for name, values in (batch.written if batch else {}).items():
+            if name != "rm_scores" and put.get(name) is not values:
+                self._record(run, stage, f"field {name!r}", batch, values)
+        return result
+
+    def _watched(self, process: str, stage: str, **arguments: Any) -> Any:
+        batch: Batch | None = arguments.get("batch")
+        return self.recorder.call(self._calls[process], stage, batch_inputs(batch) if batch else {}, **arguments)
+
+    def _record(self, run: FakeRun, stage: str, what: str, batch: Batch, values: Tensor) -> None:
+        if values.dim() == 2:
+            values = values.detach().masked_fill(~batch.response_mask, 0)[:, : self._width]
+        self.recorder.note_rows(run.step, stage, what, batch.keys, values)
+
+    def _continue_with(self, step: int, stage: str, choice: Any) -> Any:
+        self.choices[step, stage] = choice
+        return choice if self._follow is None else self._follow.choices[step, stage]
+
+    def _rows_to_continue_with(self, step: int, stage: str, rows: Table, columns: Mapping[str, Any]) -> Table:
+        """The rows with new columns: ours, or those of the episode that is followed."""
+        rows = rows.with_columns(columns)
+        followed = self._continue_with(step, stage, rows)
+        return rows if followed is rows else rows.with_columns_of(followed, columns)
+
+    # Prompts and rollouts
+
+    def _prompts(self, run: FakeRun) -> list[Prompt]:
+        count, ids = self._scenario.prompts, None
+        if "select_prompts" in self._own:
+            ids = self._driver("select_prompts", run, count=count)
+        if ids is None:
+            ids = self._world.default_choice(run.step, count)
+        else:
+            ids = [int(prompt_id) for prompt_id in ids]
+            self._check_ids(ids, count, run)
+            self.recorder.note(run.step, "select_prompts", "the choice", ids)
+        ids = self._continue_with(run.step, "select_prompts", ids)
+        prompts = [Prompt(prompt_id, self._world.dataset[prompt_id]) for prompt_id in ids]
+        if "prepare_prompts" in self._own:
+            self._driver("prepare_prompts", run, prompts=Prompts(prompts))
+            for name in sorted({name for prompt in prompts for name in prompt.row}):
+                having = sum(name in prompt.row for prompt in prompts)
+                if having < count:
+                    raise StageFailed("prepare_prompts", f"sets column {name!r} on {having} of {count} prompts")
+            for prompt in prompts:
+                self.recorder.note(
+                    run.step, "prepare_prompts", f"the row of prompt {prompt.id}", copy.deepcopy(prompt.row)
+                )
+        return prompts
+
+    def _check_ids(self, ids: list[int], count: int, run: FakeRun) -> None:
+        size = len(self._world.dataset)
+        if len(ids) != count or len(set(ids)) != count:
+            raise StageFailed("select_prompts", f"gives {len(set(ids))} distinct prompt ids, {count} are asked")
+        if not 0 <= min(ids) <= max(ids) < size:
+            raise StageFailed("select_prompts", f"gives ids {min(ids)} to {max(ids)}, the dataset has {size} rows")
+        if flying := set(ids) & set(run.flying):
+            self.recorder.fault("result", "select_prompts", f"gives {min(flying)}, which run.in_flight() names")
+
+    def _group(self, run: FakeRun, prompt: Prompt, place: int) -> list[Rollout]:
+        """The rollouts of one prompt."""
+        started = 0
+
+        async def sample(
+            n: int | None = None,
+            *,
+            messages: list[dict[str, str]] | None = None,
+            temperature: float | None = None,
+            max_tokens: int | None = None,
+        ) -> list[Rollout]:
+            nonlocal started
+            numbers = range(started, started + (n or prompt.group_size or self._scenario.group_size))
+            started = numbers.stop
+            budget = max_tokens or prompt.max_tokens
+            numbers = [number for number in numbers if not self._fails(place, number)]
+            return [self._world.respond(prompt, place, run.step, number, budget, self._score) for number in numbers]
+
+        if "rollout_group" not in self._own:
+            return asyncio.run(sample())
+        own = GroupRun(run, prompt.id)
+        rollouts = self._watched("agent_loop", "rollout_group", run=own, prompt=prompt, sample=sample)
+        self.recorder.note_metrics(run.step, "rollout_group", own.metrics, f"prompt {prompt.id}")
+        if rollouts is None:
+            return asyncio.run(sample())
+        if not isinstance(rollouts, Sequence) or not all(isinstance(rollout, Rollout) for rollout in rollouts):
+            raise StageFailed("rollout_group", "gives something else than rollouts that sample() returned")
+        if not rollouts:
+            raise StageFailed("rollout_group", "gives no rollouts")
+        texts = [rollout.text for rollout in rollouts]
+        self.recorder.note(run.step, "rollout_group", f"the group of prompt {prompt.id}", texts)
+        return list(rollouts)
+
+    def _fails(self, place: int, number: int) -> bool:
+        """A response of the last group is missing, or all but its first."""
+        size = self._scenario.group_size
+        return place == self._scenario.prompts - 1 and (number > 0 if self._change.lonely else number == size - 1 > 0)
+
+    def _score(self, answer: Answer) -> Verdict | None:
+        if "score_answer" not in self._own:
+            return None
+        verdict = self._watched("reward", "score_answer", answer=answer)
+        if verdict is None:
+            return None
+        if not isinstance(verdict, Verdict):
+            raise StageFailed("score_answer", f"gives a {type(verdict).__name__}, expected a Verdict or None")
+        if not np.isfinite(float(verdict.score)):
+            raise StageFailed("score_answer", f"gives the score {verdict.score}, expected a finite number")
+        told = [float(verdict.score), bool(verdict.correct), dict(verdict.parts)]
+        self.recorder.note(0, "score_answer", f"the verdict on {answer.text!r}", told)
+        return verdict
+
+    # Batches
+
+    def _shaped(self, run: FakeRun, rows: Table) -> tuple[Table, Batch]:
+        """Rewards shaped and rows dropped: the rows that are left, and the whole batch."""
+        if self._change.shuffle:
+            rows = rows.shuffled(run.step)
+        full = self._batch(rows, ())
+        if "shape_rewards" in self._own:
+            self._driver("shape_rewards", run, batch=full)
+            self._record(run, "shape_rewards", "the rewards", full, full.rewards)
+        if "select_rows" in self._own:
+            self._driver("select_rows", run, batch=full)
+            self._record(run, "select_rows", "dropped", full, full.dropped)
+        dropped = [key for key, gone in zip(full.keys, full.dropped.tolist(), strict=True) if gone]
+        dropped = set(self._continue_with(run.step, "select_rows", dropped))
+        rows = self._rows_to_continue_with(run.step, "shape_rewards", rows, full.written)
+        return rows.rows([row for row, key in enumerate(rows.keys) if key not in dropped]), full
+
+    def _estimated(self, run: FakeRun, rows: Table, full: Batch) -> tuple[Table, set[str]]:
+        """The rows with their advantages and with what was put, and the names of the latter."""
+        if self._change.shuffle:
+            rows = rows.shuffled(run.step + 1)
+        known = {"old_log_probs", *(self._needs & set(POLICY_FIELDS))}
+        batch = self._batch(rows, known, full if len(rows) < len(full) else None)
+        plain = batch.to_tokens(grpo_advantage(batch.scores, batch.groups))
+        self._defaults.estimator = plain.clone
+        advantages = plain
+        if "estimate_advantage" in self._own:
+            advantages = self._driver("estimate_advantage", run, batch=batch)
+            self.recorder.require_tokens("estimate_advantage", advantages, batch.response_mask, "an advantage")
+            if advantages.masked_fill(batch.response_mask, 0).any():
+                self.recorder.fault(
+                    "result", "estimate_advantage", "gives an advantage that is not 0 outside the response mask"
+                )
+            self._record(run, "estimate_advantage", "the advantage", batch, advantages)
+        columns = {"advantages": advantages.detach().float() * batch.response_mask}
+        rows = self._rows_to_continue_with(run.step, "estimate_advantage", rows, columns)
+        batch._fields["advantages"] = rows.columns["advantages"]
+        if "observe" in self._own:
+            self._driver("observe", run, batch=batch)
+        return self._rows_to_continue_with(run.step, "observe", rows, batch.written), set(batch.written)
+
+    def _batch(self, rows: Table, known: Sequence[str] | set[str], full: Batch | None = None) -> Batch:
+        """A batch with tensors of its own, and those of the policy's fields that are known by then."""
+        hidden = {"current_entropy", "log_probs", *map(stored_as, POLICY_FIELDS)} - set(map(stored_as, known))
+        columns = {name: column for name, column in rows.copy().columns.items() if name not in hidden}
+        source = TensorSource(rows.keys, columns)
+        return Batch(source, tokenizer=TOKENIZER, budget=self._scenario.tokens, full=full)

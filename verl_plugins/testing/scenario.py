@@ -1,0 +1,292 @@
+"""The training that `check_plugin` invents: prompts, responses, rewards, and what a policy would say of them.
+
+Every batch has a group that is all wrong, one that is all right, mixed ones, one with a response missing, one response
+cut off by its budget, and one with a token that the policy did not generate (as tool output is).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import Tensor
+
+from verl_plugins.compose import verl_config
+from verl_plugins.services import Answer, Prompt, Rollout, Verdict
+from verl_plugins.testing.fakes import FakeTokenizer
+
+TOKENIZER = FakeTokenizer()
+PROMPT_FIELDS = ("prompts", "prompt_log_probs")
+"""Fields whose second dimension is the prompt's, not the response's."""
+POLICY_FIELDS = ("old_log_probs", "entropy", "prompt_log_probs", "rollout_log_probs", "ref_log_probs")
+"""As `needs` calls them; all but the first are in a batch only if the plugin needs them."""
+
+
+def stored_as(need: str) -> str:
+    """The queue's name of a field that `needs` names."""
+    return "ref_log_prob" if need == "ref_log_probs" else need
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What a plugin is checked with; change what your method must have otherwise."""
+
+    prompts: int = 6
+    """Prompts per step, at least 4."""
+    group_size: int = 4
+    """Responses per prompt."""
+    tokens: int = 12
+    """Response budget, at least 4."""
+    scores: tuple[float, float] = (0.0, 1.0)
+    """Scores of a wrong and of a right response."""
+    columns: Mapping[str, Callable[[int], Any]] = field(default_factory=dict)
+    """Further columns of the dataset: name -> function of the prompt id."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of verl by dotted key, in the place of its defaults."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.prompts < 4 or self.group_size < 1 or self.tokens < 4:
+            raise ValueError(
+                f"a scenario has at least 4 prompts, 1 response per prompt and 4 tokens, this one {self.prompts}, "
+                f"{self.group_size} and {self.tokens}"
+            )
+
+    def config(self, plugins: Mapping[str, Any]) -> DictConfig:
+        """verl's own configuration with the sizes and overrides of this scenario and a section `plugins`, read-only."""
+        config = _verl_config().copy()
+        sizes = {
+            "data.train_batch_size": self.prompts,
+            "data.max_response_length": self.tokens,
+            "data.seed": self.seed,
+            "actor_rollout_ref.rollout.n": self.group_size,
+            "actor_rollout_ref.actor.ppo_mini_batch_size": self.prompts,
+            "actor_rollout_ref.actor.use_dynamic_bsz": True,
+        }
+        with open_dict(config):
+            for key, value in {**sizes, **self.overrides}.items():
+                OmegaConf.update(config, key, value, force_add=True)
+            config.plugins = dict(plugins)
+        OmegaConf.set_readonly(config, True)
+        return config
+
+
+@functools.cache
+def _verl_config() -> DictConfig:
+    return verl_config()
+
+
+class Questions:
+    """The dataset: sums with an answer, and the scenario's columns."""
+
+    fingerprint = "sums"
+
+    def __init__(self, scenario: Scenario) -> None:
+        self._scenario = scenario
+
+    def __len__(self) -> int:
+        return 8 * self._scenario.prompts
+
+    def __getitem__(self, prompt_id: int) -> dict[str, Any]:
+        prompt_id = int(prompt_id)
+        return {
+            "raw_prompt": [{"role": "user", "content": f"What is {prompt_id}+7?"}],
+            "data_source": "sums",
+            "reward_model": {"style": "rule", "ground_truth": str(prompt_id + 7)},
+            "extra_info": {"index": prompt_id},
+            **{name: column(prompt_id) for name, column in self._scenario.columns.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a law says does not matter."""
+
+    shuffle: bool = False
+    """Rows come in another order."""
+    pad: bool = False
+    """More padding, other values at tokens the policy did not generate, and micro-batches filled up."""
+    split: bool = False
+    """Each mini-batch in one micro-batch instead of two."""
+    lonely: bool = False
+    """All responses but one of the last group failed. No law: only results must still be sound."""
+
+
+class Table:
+    """The rows of a step: columns by name, tensors [B,…] or lists [B]."""
+
+    def __init__(self, keys: Sequence[str], columns: Mapping[str, Any]) -> None:
+        self.keys, self.columns = list(keys), dict(columns)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def width(self) -> int:
+        """T of the token-level columns."""
+        return self.columns["response_mask"].shape[1]
+
+    def rows(self, rows: Sequence[int]) -> Table:
+        """Some of the rows, in the order given."""
+        pick = lambda column: column[list(rows)] if isinstance(column, Tensor) else [column[row] for row in rows]  # noqa: E731
+        return Table(pick(self.keys), {name: pick(column) for name, column in self.columns.items()})
+
+    def shuffled(self, seed: int) -> Table:
+        return self.rows(np.random.default_rng([seed, 11]).permutation(len(self)).tolist())
+
+    def is_token_level(self, name: str) -> bool:
+        column = self.columns[name]
+        return isinstance(column, Tensor) and column.dim() == 2 and name not in PROMPT_FIELDS
+
+    def as_wide_as(self, width: int) -> Table:
+        """Token-level columns padded with zeros, or cut, to `width` tokens."""
+        sized = {
+            name: torch.nn.functional.pad(column, (0, width - self.width))
+            for name, column in self.columns.items()
+            if self.is_token_level(name)
+        }
+        return self.with_columns(sized)
+
+    def with_padding_rows(self, count: int) -> Table:
+        """Rows of zeros with an empty mask at the end, as verl makes them; lists repeat their first entry."""
+
+        def longer(column: Any) -> Any:
+            if isinstance(column, Tensor):
+                return torch.cat([column, column.new_zeros(count, *column.shape[1:])])
+            return [*column, *[column[0]] * count]
+
+        names = [*self.keys, *[f"pad{row}_0_0" for row in range(count)]]
+        return Table(names, {name: longer(column) for name, column in self.columns.items()})
+
+    def disturbed(self, names: Sequence[str]) -> Table:
+        """Other values of float columns at tokens of the response that the policy did not generate."""
+        lengths = self.columns["response_lengths"][:, None]
+        foreign = (torch.arange(self.width) < lengths) & ~self.columns["response_mask"].bool()
+        changed = {
+            name: torch.where(foreign, self.columns[name] - 3.0, self.columns[name])
+            for name in names
+            if name in self.columns
+        }
+        return self.with_columns(changed)
+
+    def with_columns(self, columns: Mapping[str, Any]) -> Table:
+        """Columns added or replaced."""
+        return Table(self.keys, {**self.columns, **columns})
+
+    def with_columns_of(self, other: Table, names: Iterable[str]) -> Table:
+        """Columns replaced by those of `other`, if it has them; it has the same rows in any order and padding."""
+        place = {key: row for row, key in enumerate(other.keys)}
+        rows = other.rows([place[key] for key in self.keys]).as_wide_as(self.width)
+        return self.with_columns({name: rows.columns[name] for name in names if name in rows.columns})
+
+    def copy(self) -> Table:
+        """With tensors of its own."""
+        return self.rows(range(len(self)))
+
+
+class World:
+    """Answers and rewards of one scenario; every number is a function of (seed, step, prompt, response)."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.dataset = Questions(scenario)
+
+    def rng(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng([self.scenario.seed, *key])
+
+    def default_choice(self, step: int, count: int) -> list[int]:
+        """What is asked where no plugin chooses."""
+        return self.rng(step).choice(len(self.dataset), count, replace=False).tolist()
+
+    def respond(
+        self,
+        prompt: Prompt,
+        place: int,
+        step: int,
+        number: int,
+        budget: int | None,
+        score: Callable[[Answer], Verdict | None],
+    ) -> Rollout:
+        """Response `number` to the prompt at `place` of the step's prompts, of at most `budget` tokens."""
+        size, budget = self.scenario.group_size, budget or self.scenario.tokens
+        rng = self.rng(step, prompt.id, number)
+        right = place != 0 and (place == 1 or number % size < 1 + place % max(size - 1, 1))
+        truth = prompt.row["reward_model"]["ground_truth"]
+        text = " " * int(rng.integers(0, 4)) + (truth if right else str(int(truth) + 1 + number % 2))
+        ids = [*TOKENIZER(text)["input_ids"], TOKENIZER.eos_token_id]
+        if place == 2 and number == size - 1:  # never ends
+            right, ids = False, TOKENIZER("1" * budget)["input_ids"]
+        ids = ids[:budget]
+        answer = Answer(TOKENIZER.decode(ids), truth, prompt.row["data_source"], dict(prompt.row["extra_info"]))
+        verdict = score(answer) or Verdict(self.scenario.scores[right], right)
+        info = {**verdict.parts, "score": float(verdict.score), "acc": float(verdict.correct)}
+        mask = [1] * len(ids)
+        if place == 3 and number == 0 and len(ids) > 1:
+            mask[0] = 0
+        return Rollout(
+            text=answer.text,
+            response_ids=ids,
+            score=float(verdict.score),
+            correct=bool(verdict.correct),
+            truncated=ids[-1] != TOKENIZER.eos_token_id and len(ids) == budget,
+            info=info,
+            outputs={"prompt": prompt, "mask": mask, "number": number},
+        )
+
+    def table(self, step: int, groups: Sequence[Sequence[Rollout]]) -> Table:
+        """The scored rows of a step in the trainer's order: sorted by key."""
+        rows = {
+            f"{group[0].outputs['prompt'].id}-{step}-{place}_{session}_0": rollout
+            for place, group in enumerate(groups)
+            for session, rollout in enumerate(group)
+        }
+        keys = sorted(rows)
+        rollouts = [rows[key] for key in keys]
+        prompts = [rollout.outputs["prompt"] for rollout in rollouts]
+        ids = [torch.tensor(rollout.response_ids) for rollout in rollouts]
+        questions = [torch.tensor(TOKENIZER.apply_chat_template(prompt.messages)) for prompt in prompts]
+        rewards = [torch.zeros(len(row)) for row in ids]
+        for row, rollout in zip(rewards, rollouts, strict=True):
+            row[-1] = rollout.score
+        columns = {
+            "responses": _pad(ids),
+            "response_mask": _pad([torch.tensor(rollout.outputs["mask"]) for rollout in rollouts]),
+            "response_lengths": torch.tensor([len(row) for row in ids]),
+            "prompts": _pad(questions),
+            "prompt_lengths": torch.tensor([len(row) for row in questions]),
+            "rm_scores": _pad(rewards),
+            "verdict": torch.tensor([float(rollout.correct) for rollout in rollouts]),
+            "extra_fields": [{"reward_extra_info": rollout.info} for rollout in rollouts],
+        }
+        names = {name for prompt in prompts for name in prompt.row if name != "__rollout_n__"}
+        columns |= {name: [prompt.row.get(name) for prompt in prompts] for name in sorted(names)}
+        return Table(keys, columns | self._policy(step, rollouts, columns["prompt_lengths"]))
+
+    def _policy(self, step: int, rollouts: Sequence[Rollout], prompt_lengths: Tensor) -> dict[str, Tensor]:
+        """What a policy, and a reference, would say of the responses; `log_probs` is the policy after some updates."""
+        found: dict[str, list[Tensor]] = {}
+        for rollout, prompt_length in zip(rollouts, prompt_lengths.tolist(), strict=True):
+            size, place = len(rollout.response_ids), (rollout.outputs["prompt"].id, rollout.outputs["number"])
+            rng = self.rng(step, *place, 1)
+            old = -rng.exponential(1.0, size)
+            values = {
+                "old_log_probs": old,
+                "log_probs": np.minimum(old + rng.normal(0, 0.3, size), -1e-3),
+                "entropy": rng.uniform(0.05, 2.0, size),
+                "current_entropy": rng.uniform(0.05, 2.0, size),
+                "rollout_log_probs": old + rng.normal(0, 0.01, size),
+                "ref_log_prob": np.minimum(old + rng.normal(0, 0.5, size), -1e-3),
+                "prompt_log_probs": -rng.exponential(1.0, prompt_length - 1),
+            }
+            for name, value in values.items():
+                found.setdefault(name, []).append(torch.tensor(value, dtype=torch.float32))
+        return {name: _pad(rows) for name, rows in found.items()}
+
+
+def _pad(rows: Sequence[Tensor]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
