@@ -95,6 +95,11 @@ class Prompt:
         self.row["raw_prompt"] = messages
 
     @property
+    def solution(self) -> str | None:
+        """The worked solution (`solution` in `extra_info`), None where the data has none."""
+        return (self.row.get("extra_info") or {}).get("solution")
+
+    @property
     def group_size(self) -> int | None:
         """Responses to generate for this draw; None means `rollout.n`."""
         return self.row.get("__rollout_n__")

@@ -24,7 +24,10 @@ class DrawsPrompts:
 
     def _init_dataloader(self) -> None:
         """verl's dataset and order of rows, but the loader yields prompt ids: the rows are read when drawn."""
-        super()._init_dataloader()
+        try:
+            super()._init_dataloader()
+        finally:
+            self._refuse_too_few_rows()
         self.rows = RowsOfDataset(self.train_dataset)
         self.train_dataloader = StatefulDataLoader(
             dataset=range(len(self.train_dataset)),
@@ -33,6 +36,21 @@ class DrawsPrompts:
             collate_fn=list,
             sampler=create_rl_sampler(self.config.data, self.train_dataset),
         )
+
+    def _refuse_too_few_rows(self) -> None:
+        """Say which data is missing; verl divides by zero or fails in a sampler."""
+        data = self.config.data
+        for key, least in (("train", data.train_batch_size), ("val", 1)):
+            dataset = getattr(self, f"{key}_dataset", None)
+            if dataset is not None and len(dataset) < least:
+                need = "data.train_batch_size needs" if key == "train" else "validation needs"
+                sentence = f"data.{key}_files gives {len(dataset)} rows, {need} {least}"
+                if data.filter_overlong_prompts:
+                    sentence += (
+                        "; data.filter_overlong_prompts leaves out prompts of more than data.max_prompt_length "
+                        f"({data.max_prompt_length}) tokens"
+                    )
+                raise DataError(sentence)
 
     def _next_train_batch(self, num_prompts: int | None = None) -> Any:
         """The rows to roll out next: chosen, read, numbered and edited."""
