@@ -257,6 +257,11 @@ class Batch:
         """[B,T] the step's advantages, known from `observe` on."""
         return self._field("advantages")
 
+    @cached_property
+    def solution(self) -> list[str | None]:
+        """[B] worked solution of each row's prompt (`solution` in `extra_info`), None where the data has none."""
+        return [(info or {}).get("solution") for info in self._field("extra_info")]
+
     def extra(self, name: str) -> Any:
         """Any other field: put by a plugin, a queue field, a part of the reward, or a column of the dataset row.
 
