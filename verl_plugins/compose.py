@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from verl_plugins import manifest
 from verl_plugins.errors import CompositionError, nearest
 from verl_plugins.override import apply, known_keys, nearest_key, one_line, parse, prefixes, put_key
-from verl_plugins.recipe import Preset, Recipe, combine, find_preset, leaves
+from verl_plugins.recipe import Preset, Recipe, combine, leaves, preset_chain
 
 FREE_FORM = ("ray_kwargs.ray_init", "ray_kwargs.ray_init.runtime_env")
 """Sections whose keys verl passes on as they are, besides the empty ones (`{}`) of its configuration."""
@@ -57,8 +57,8 @@ def compose(recipes: str, preset: str | None = None, overrides: Sequence[str] = 
     installed = manifest.entries()
     folders = manifest.folders(installed)
     chosen = combine([name.strip() for name in recipes.split("+")], folders)
-    base = find_preset(preset, folders) if preset else None
-    files = [file for file in (base, *chosen.parts) if file]
+    presets = preset_chain(preset, folders) if preset else []
+    files = [*presets, *chosen.parts]
     parsed = [parse(text) for text in overrides]
     defaults = verl_config(_groups(files, parsed))
     config = defaults.copy()
@@ -67,7 +67,7 @@ def compose(recipes: str, preset: str | None = None, overrides: Sequence[str] = 
         for name, given in file.plugins.items():
             _expanded(name, given, str(file.file), installed)
     with open_dict(config):
-        config.plugins = OmegaConf.merge(base.plugins if base else {}, chosen.plugins)
+        config.plugins = OmegaConf.merge(*[part.plugins for part in presets], chosen.plugins)
     _expand_plugins(config, installed)
     for item in parsed:
         if not _is_group(item.get_key_element(), item.value()):
@@ -78,8 +78,8 @@ def compose(recipes: str, preset: str | None = None, overrides: Sequence[str] = 
         recipe=chosen.name,
         preset=preset,
         overrides=list(overrides),
-        env=base.env if base else {},
-        prepare=(base and base.prepare) or None,
+        env={name: value for part in presets for name, value in part.env.items()},
+        prepare=next((part.prepare for part in reversed(presets) if part.prepare), None),
         defaults=defaults,
     )
 

@@ -115,7 +115,8 @@ def _print_file(item: Recipe | Preset) -> None:
         own = item.distribution == OWN_DISTRIBUTION
         about |= {"page": f"docs/recipes/{item.name}.md" if own else "", "file": str(item.file)}
     else:
-        about = {"environment": ", ".join(f"{key}={value}" for key, value in item.env.items())}
+        about = {"based on": f"preset {item.base}" if item.base else "", "requires": ", ".join(item.requires)}
+        about |= {"environment": ", ".join(f"{key}={value}" for key, value in item.env.items())}
         about |= {"prepare": item.prepare, "file": str(item.file)}
     _pairs(about)
     if isinstance(item, Recipe) and item.authors:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ from verl_plugins.hookspecs import STAGES
 from verl_plugins.manifest import Folder
 
 RECIPE_KEYS = ("title", "arxiv", "summary", "stages", "results", "status", "authors")
-PRESET_KEYS = ("title", "summary", "env", "prepare")
+PRESET_KEYS = ("title", "summary", "base", "requires", "env", "prepare")
 Path_ = tuple[str, ...]
 
 
@@ -68,6 +69,10 @@ class Preset:
     distribution: str
     title: str = ""
     summary: str = ""
+    base: str = ""
+    """The preset that this one changes."""
+    requires: dict[str, str] = field(default_factory=dict)
+    """Packages that must be installed, each with what to tell pip to get it."""
     env: dict[str, str] = field(default_factory=dict)
     """Environment variables the run starts with."""
     prepare: str = ""
@@ -92,9 +97,21 @@ def presets(folders: Iterable[Folder]) -> list[Preset]:
     return sorted(found, key=lambda preset: (preset.name, preset.distribution))
 
 
-def find_preset(name: str, folders: Iterable[Folder]) -> Preset:
-    """The one usable preset called `name`."""
-    return _one("preset", name, presets(folders))
+def preset_chain(name: str, folders: Iterable[Folder]) -> list[Preset]:
+    """The one usable preset called `name`, after the presets it is based on; what it requires must be installed."""
+    known = presets(folders)
+    chain = [_one("preset", name, known)]
+    while base := chain[0].base:
+        if base in {preset.name for preset in chain}:
+            raise CompositionError(f"{chain[0].file}: preset.base is {base!r}, which is based on this preset")
+        chain.insert(0, _one("preset", base, known))
+    for preset in chain:
+        for package, wanted in preset.requires.items():
+            if not _is_installed(package):
+                raise CompositionError(
+                    f"preset {preset.name!r} needs {package}, which is not installed: pip install '{wanted}'"
+                )
+    return chain
 
 
 def combine(names: Sequence[str], folders: Iterable[Folder]) -> Combination:
@@ -155,6 +172,14 @@ def _one(kind: str, name: str, known: Sequence[Item]) -> Item:
     return found[0]
 
 
+def _is_installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
 def _files(folders: Iterable[Folder], pattern: str) -> list[tuple[Path, str]]:
     usable = [folder for folder in folders if not folder.broken]
     return [(path, folder.distribution) for folder in usable for path in sorted(folder.path.glob(pattern))]
@@ -177,7 +202,8 @@ def _preset(path: Path, owner: str) -> Preset:
     try:
         tree = _read(path)
         about = _about(tree, "preset", PRESET_KEYS, path)
-        about["env"] = _env(about.get("env") or {}, path)
+        for key in ("env", "requires"):
+            about[key] = _texts(about.get(key) or {}, f"{path}: preset.{key}")
         plugins = _plugins(tree.pop("plugins", None) or {}, path)
         if not re.fullmatch(r"([\w.]+:\w+)?", about.get("prepare", "")):
             raise CompositionError(f"{path}: preset.prepare is {about['prepare']!r}: it must be 'module:function'")
@@ -215,13 +241,13 @@ def _plugins(section: Any, path: Path) -> dict[str, dict[str, Any]]:
     return {name: settings or {} for name, settings in section.items()}
 
 
-def _env(env: Any, path: Path) -> dict[str, str]:
-    if not isinstance(env, dict):
-        raise CompositionError(f"{path}: preset.env must be a mapping of variable to value")
-    for name, value in env.items():
+def _texts(section: Any, where: str) -> dict[str, str]:
+    if not isinstance(section, dict):
+        raise CompositionError(f"{where} must be a mapping of names to texts")
+    for name, value in section.items():
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-            raise CompositionError(f"{path}: preset.env.{name} is {value!r}: it must be text or a number")
-    return {name: str(value) for name, value in env.items()}
+            raise CompositionError(f"{where}.{name} is {value!r}: it must be text or a number")
+    return {name: str(value) for name, value in section.items()}
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):

