@@ -64,6 +64,9 @@ class Plugin:
         `config` is the whole composed configuration; called in the driver before any process starts.
         """
 
+    def start_scoring(self) -> None:
+        """Called once in each reward worker, before answers come: start here what `score_answer` takes long to start."""
+
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart: tensors, numpy arrays, and JSON scalars, lists and dicts."""
         return {}

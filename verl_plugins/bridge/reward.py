@@ -18,6 +18,8 @@ class PluginRewardManager(NaiveRewardManager):
     def __init__(self, config: Any, tokenizer: Any, compute_score: Any, **kwargs: Any) -> None:
         super().__init__(config, tokenizer, compute_score, **kwargs)
         self.plugins = census.build(OmegaConf.to_container(config.plugins), "reward worker")
+        for plugin in self.plugins:
+            plugin.start_scoring()
 
     async def run_single(self, data: DataProto) -> dict[str, Any]:
         """Score the last output of one session."""

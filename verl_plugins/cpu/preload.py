@@ -36,7 +36,6 @@ MODULES = (
     "verl.experimental.reward_loop",
     "verl.workers.rollout.router",
     "transformers.models.qwen2.modeling_qwen2",
-    "math_verify",
     "verl_plugins.bridge.runner",
     "verl_plugins.bridge.reward",
     "verl_plugins.cpu.rollout",

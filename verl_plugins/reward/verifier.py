@@ -1,0 +1,237 @@
+"""The program of a `Pool` that compares answers with Math-Verify. It is started by path, in an interpreter of its own.
+
+The server imports Math-Verify once and forks workers on demand, so a killed worker is replaced within milliseconds. It
+imports neither verl nor torch nor this package. A worker reads model output, and its parsers evaluate text in places
+(`sympy.Number`, `nsimplify`): so a worker may read Python modules and nothing else, and evaluates arithmetic only.
+
+Control socket: `fork <n>` with the socket worker n shall serve; `kill <n>`; `end <n>`, answered by the wait status when
+it has ended. Worker sockets: JSON with its length in front; the first message says that the worker is ready.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import logging
+import os
+import re
+import resource
+import select
+import signal
+import socket
+import struct
+import sys
+import warnings
+from functools import lru_cache
+from typing import Any
+
+PR_SET_PDEATHSIG = 1
+LENGTH = struct.Struct("!Q")
+WARM_UP = (("12", "13"), (r"\boxed{\frac{1}{2}}", "0.4"), (r"$\sqrt{3}x+1$", r"x^2"), (r"$\{1,2\}$", r"(2, 3)"))
+"""Answers and truths compared before the first fork: regular expressions and parser tables are built on first use."""
+
+HARMLESS = {"compile", "exec", "import", "marshal.loads", "os.listdir", "open", "array.__new__", "builtins.id"}
+HARMLESS |= {"object.__getattr__", "object.__setattr__", "sys._getframe", "sys._getframemodulename"}
+HARMLESS |= {"resource.setrlimit", "sys.excepthook", "sys.unraisablehook"}
+"""Audit events that scoring raises; `compile` and `open` are looked at more closely."""
+
+QUOTED = re.compile(r"'[\w.+-]*'")
+NAME = re.compile(r"(\.\s*)?\b([^\W\d]\w*)")
+ARITHMETIC = re.compile(
+    r"Integer|Float|Rational|Symbol|Function|E|I|e|pi|oo|sqrt|exp|log"  # numbers as sympy and mpmath write them
+    r"|def|return|if|else|and|or|not|None|A|B|k|[abcr]\d+|monomial_\w+"  # functions on monomials that sympy generates
+)
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+
+def send(connection: socket.socket, message: Any) -> None:
+    """One JSON message."""
+    body = json.dumps(message).encode()
+    connection.sendall(LENGTH.pack(len(body)) + body)
+
+
+def receive(connection: socket.socket) -> Any:
+    """One JSON message; EOFError when the other side is gone."""
+    (length,) = LENGTH.unpack(_exactly(connection, LENGTH.size))
+    return json.loads(_exactly(connection, length))
+
+
+def _exactly(connection: socket.socket, length: int) -> bytes:
+    data = b""
+    while len(data) < length:
+        piece = connection.recv(length - len(data))
+        if not piece:
+            raise EOFError("the other side of the socket is closed")
+        data += piece
+    return data
+
+
+# Comparing
+
+
+def judge(answer: str, truth: str) -> dict[str, Any]:
+    """Whether the last expression in `answer` equals `truth`, and that expression as text ("" if there is none).
+
+    `truth` may be LaTeX without its dollar signs. An exception of the parser or of the comparison is an `error`.
+    """
+    extracted = ""
+    try:
+        found = _parse(answer)
+        extracted = next((item for item in found if isinstance(item, str)), "")
+        return {"correct": _equal(_truth(truth), found), "answer": extracted}
+    except Exception as error:
+        return {"correct": False, "answer": extracted, "error": f"{type(error).__name__}: {error}"[:200]}
+
+
+def _parse(text: str) -> list:
+    from math_verify import parse
+
+    # Math-Verify's own time-outs are signals and would stop Python code only; the pool kills.
+    return parse(text, parsing_timeout=None, raise_on_error=True)
+
+
+@lru_cache(maxsize=1024)
+def _truth(truth: str) -> list:
+    return _parse(f"${truth}$")  # without the dollars LaTeX is read up to its first command: 2\sqrt{3} would be 2
+
+
+def _equal(truth: list, answer: list) -> bool:
+    """Any of the readings equal; an exception counts only if no other pair of readings is equal."""
+    from math_verify import verify
+
+    try:
+        return verify(truth, answer, timeout_seconds=None, raise_on_error=True)
+    except Exception:
+        if verify(truth, answer, timeout_seconds=None):
+            return True
+        raise
+
+
+# The server and its workers
+
+
+def main() -> None:
+    """Arguments: the control socket's number, and the settings as JSON (`path`, `memory`, `seconds`)."""
+    parent = os.getppid()
+    control, settings = socket.socket(fileno=int(sys.argv[1])), json.loads(sys.argv[2])
+    sys.path[:] = settings.pop("path")
+    logging.disable()  # Math-Verify warns that its time-outs are off
+    for answer, truth in WARM_UP:
+        judge(answer, truth)
+    warnings.simplefilter("ignore")  # only now: sympy sets filters of its own
+    gc.collect()
+    gc.freeze()  # keeps memory shared with the workers
+    children: dict[int, int] = {}
+    killed: set[int] = set()
+    while os.getppid() == parent:
+        if select.select([control], [], [], 1.0)[0] and not _serve(control, children, killed, settings):
+            break
+        killed -= {pid for pid in killed if os.waitpid(pid, os.WNOHANG)[0]}
+    for pid in killed | set(children.values()):
+        _end(pid)
+
+
+def _serve(control: socket.socket, children: dict[int, int], killed: set[int], settings: dict[str, Any]) -> bool:
+    """Carry out one command; False when the pool is gone. Pids are not reused: only this process reaps them."""
+    message, descriptors, _, _ = socket.recv_fds(control, 64, 1)
+    if not message:
+        return False
+    command, number = message.decode().split()
+    if command == "fork":
+        connection = socket.socket(fileno=descriptors[0])
+        server = os.getpid()
+        children[int(number)] = pid = os.fork()
+        if pid == 0:
+            _become_worker(connection, control, server, settings)
+        connection.close()
+    elif command == "kill":
+        os.kill(children[int(number)], signal.SIGKILL)
+        killed.add(children.pop(int(number)))  # on a busy machine it may take a while to end
+    else:
+        control.send(b"%d" % _end(children.pop(int(number))))
+    return True
+
+
+def _end(pid: int) -> int:
+    """Kill a child, which may have ended already, and wait for it; its wait status."""
+    os.kill(pid, signal.SIGKILL)
+    return os.waitpid(pid, 0)[1]
+
+
+def _become_worker(connection: socket.socket, control: socket.socket, server: int, settings: dict[str, Any]) -> None:
+    """Never returns."""
+    try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == server:
+            control.close()
+            work(connection, **settings)
+    except (ConnectionError, EOFError):
+        os._exit(0)  # the pool has let go of this worker
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    os._exit(1)
+
+
+def work(connection: socket.socket, memory: int, seconds: float) -> None:
+    """Answer requests until the pool closes the connection.
+
+    Args:
+        memory: the most address space, in bytes.
+        seconds: the most CPU time per request: a worker that nobody kills ends by itself.
+    """
+    send(connection, {"pid": os.getpid(), "modules": sorted(sys.modules)})
+    confine(memory)
+    while True:
+        request = receive(connection)
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + seconds) + 2, soft=True)
+        reply = judge(**request)
+        send(connection, reply)
+        if reply.get("error", "").startswith("MemoryError"):
+            return  # what filled the memory may still be held
+
+
+def confine(memory: int) -> None:
+    """Take from this process, for good, what comparing does not need: files, processes, the network, much memory."""
+    sys.dont_write_bytecode = True
+    _limit(resource.RLIMIT_AS, memory)
+    for kind in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE, resource.RLIMIT_NPROC):
+        _limit(kind, 0)
+    folders = tuple(os.path.join(folder, "") for folder in sys.path)
+
+    def is_module(file: Any) -> bool:
+        name = os.fsdecode(file) if isinstance(file, (str, bytes)) else ""
+        return name.startswith(folders) and name.endswith((".py", ".pyc"))
+
+    def refuse(event: str, args: tuple) -> None:
+        if event == "open":
+            allowed = is_module(args[0]) and not args[2] & WRITING
+        elif event == "compile" and isinstance(args[0], (str, bytes)):
+            allowed = is_module(args[1]) or is_arithmetic(args[0])
+        else:
+            allowed = event in HARMLESS
+        if not allowed:
+            raise PermissionError(f"a verifier may not do this: {event} {str(args)[:100]}")
+
+    sys.addaudithook(refuse)
+
+
+def is_arithmetic(source: str | bytes) -> bool:
+    """Whether Python source is made of numbers, operators and harmless names: what sympy evaluates for an answer."""
+    text = source.decode() if isinstance(source, bytes) else source
+    if text == "from sympy import *":  # the names `parse_expr` knows
+        return True
+    text = QUOTED.sub("", text)
+    names = NAME.findall(text)
+    return not set(text) & set("'\"`@;[]{}\\") and all(not dot and ARITHMETIC.fullmatch(name) for dot, name in names)
+
+
+def _limit(kind: int, value: int, soft: bool = False) -> None:
+    hard = resource.getrlimit(kind)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(kind, (value, hard if soft else value))
+
+
+if __name__ == "__main__":
+    main()
