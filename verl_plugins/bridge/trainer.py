@@ -34,7 +34,7 @@ from verl_plugins.bridge.queue import QueueSource, is_padding, write_fields
 from verl_plugins.bridge.rollout import METRICS_FIELD
 from verl_plugins.bridge.run import DriverRun
 from verl_plugins.cpu.registration import ROLLOUT_NAME
-from verl_plugins.diagnostics.health import Watch, group_health, policy_health, signal_health
+from verl_plugins.diagnostics.health import Watch, group_health, policy_health, reward_parts, signal_health
 from verl_plugins.errors import DataError
 
 POLL_SECONDS = 0.04
@@ -194,6 +194,7 @@ class Stages(DrawsPrompts):
         asked = None if self.plugins.implements("rollout_group") else self.config.actor_rollout_ref.rollout.n
         metrics.update(group_health(self._batch.full, asked))
         metrics.update(signal_health(self._batch) | policy_health(self._batch))
+        metrics.update(reward_parts(self._batch.full))
         metrics.update(self._group_metrics(self._batch.full))
         self._drop_from_queue()
         return batch

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -79,6 +80,15 @@ def policy_health(batch: Batch) -> dict[str, float]:
         log_weight = ((old - rollout) * mask).double().sum(1)
         metrics["health/effective_sample_size"] = _effective((log_weight - log_weight.max()).exp())
     return metrics
+
+
+def reward_parts(batch: Batch) -> dict[str, float]:
+    """The mean of each numeric part of the reward, over the responses whose reward has it."""
+    last = batch.is_last.nonzero()[:, 0].tolist()
+    fields = batch.extra("extra_fields")
+    parts = pd.DataFrame([fields[row].get("reward_extra_info", {}) for row in last])
+    means = parts.select_dtypes(["number", "bool"]).mean()
+    return {f"reward/{name}": float(mean) for name, mean in means.items()}
 
 
 class Watch:
