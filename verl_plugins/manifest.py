@@ -105,18 +105,23 @@ class Folder:
 
 def entries() -> list[EntryPoint]:
     """All entry points of the group that may be used, by name and distribution: a scan of every installed package."""
-    found = sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, _owner(entry)))
-    return [entry for entry in found if is_recipes(entry) or not barred(entry.name)]
+    return [entry for entry in installed() if is_recipes(entry) or not barred(entry.name)]
+
+
+def installed() -> list[EntryPoint]:
+    """All entry points of the group, kept out or not."""
+    return sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, _owner(entry)))
 
 
 def barred(name: str) -> str:
     """The environment variable that keeps plugin `name` out, or ``."""
-    if name in _names(BLOCK_VARIABLE):
+    if name in names_in(BLOCK_VARIABLE):
         return BLOCK_VARIABLE
-    return ALLOW_VARIABLE if ALLOW_VARIABLE in os.environ and name not in _names(ALLOW_VARIABLE) else ""
+    return ALLOW_VARIABLE if ALLOW_VARIABLE in os.environ and name not in names_in(ALLOW_VARIABLE) else ""
 
 
-def _names(variable: str) -> list[str]:
+def names_in(variable: str) -> list[str]:
+    """The plugin names an environment variable lists."""
     return [name.strip() for name in os.environ.get(variable, "").split(",") if name.strip()]
 
 

@@ -66,7 +66,7 @@ def _check_trainer(config: DictConfig) -> None:
         raise CompositionError(f"trainer.v1.trainer_mode is {mode!r}{nearest(str(mode), MODES)}")
     if mode != "sync" and config.actor_rollout_ref.rollout.full_determinism:
         raise CompositionError(
-            f"actor_rollout_ref.rollout.full_determinism=True cannot be kept with trainer.v1.trainer_mode={mode}, which "
+            f"actor_rollout_ref.rollout.full_determinism=True cannot hold with trainer.v1.trainer_mode={mode}, which "
             "interrupts generation whenever the step's prompts are ready: set trainer.v1.trainer_mode=sync"
         )
     if config.trainer.save_freq > 0 and config.trainer.get("max_actor_ckpt_to_keep") == 1:

@@ -418,6 +418,8 @@ def columns(session_id: int = 1) -> dict[str, Any]:
         "uid": "17-4-0",
         "session_id": session_id,
         "global_steps": 4,
+        rows.ROLLOUT_N: 8,
+        rows.MAX_TOKENS: 16,
         "index": 0,
         "raw_prompt": [{"role": "user", "content": "1+1="}],
         "prompt": [{"role": "user", "content": "1+1="}],
@@ -455,7 +457,9 @@ class TestRows:
         extra, omitted = set(mine["fields"].keys()), set(verls["fields"].keys())
         assert extra - omitted == {rows.VERDICT}
         assert omitted - extra <= set(rows.USELESS)
-        for name in extra & omitted:
+        asked = {rows.ROLLOUT_N: 8, rows.MAX_TOKENS: 16}
+        assert {name: mine["fields"][name].tolist() for name in asked} == {k: [v] * turns for k, v in asked.items()}
+        for name in (extra & omitted) - asked.keys():
             assert same(mine["fields"][name], verls["fields"][name]), name
         assert mine["fields"][rows.VERDICT].tolist() == [1.0] * turns
         assert status == {"keys": ["17-4-0"], "partition": "train", "fields": None, "tags": [{"status": "finished"}]}

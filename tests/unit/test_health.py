@@ -31,6 +31,7 @@ def make_batch(scores: list[list[float]], advantages: torch.Tensor | None = None
         "responses": torch.tensor([[1, EOS, 0]]).repeat(len(flat), 1),
         "budget": 3,
         "tokenizer": Tokenizer(),
+        "__rollout_n__": torch.full((len(flat),), 2),
     }
     if advantages is not None:
         base["advantages"] = advantages[:, None] * mask
@@ -39,7 +40,7 @@ def make_batch(scores: list[list[float]], advantages: torch.Tensor | None = None
 
 class TestGroups:
     def test_shares(self) -> None:
-        found = group_health(make_batch([[1, 1], [0, 0], [0, 1], [0, 1]]), 2)
+        found = group_health(make_batch([[1, 1], [0, 0], [0, 1], [0, 1]]))
         assert found["health/accuracy"] == 0.5
         assert found["health/mixed_groups"] == 0.5
         assert found["health/all_right_groups"] == found["health/all_wrong_groups"] == 0.25
@@ -48,17 +49,16 @@ class TestGroups:
 
     def test_groups_of_another_size(self) -> None:
         batch = make_batch([[1, 1], [0], [0, 1], [0, 1]])
-        assert group_health(batch, 2)["health/groups_off_size"] == 0.25
-        assert "health/groups_off_size" not in group_health(batch, None)
+        assert group_health(batch)["health/groups_off_size"] == 0.25
 
     def test_a_prompt_may_ask_for_its_own_size(self) -> None:
         batch = make_batch([[1, 1], [0]], __rollout_n__=torch.tensor([2, 2, 1]))
-        assert group_health(batch, 8)["health/groups_off_size"] == 0
+        assert group_health(batch)["health/groups_off_size"] == 0
 
     def test_truncated_responses_used_their_budget_and_did_not_end(self) -> None:
         responses = torch.tensor([[1, 2, 0], [1, EOS, 0], [1, 1, 0], [1, EOS, 0]])
         batch = make_batch([[1, 1], [0, 1]], responses=responses, budget=2)
-        assert group_health(batch, 2)["health/truncated"] == 0.5
+        assert group_health(batch)["health/truncated"] == 0.5
 
 
 class TestSignal:

@@ -94,7 +94,8 @@ class TestOrder:
         run = composed("mine", "trainer.test_freq=4", "plugins.math_verify.max_characters=7", preset="ours")
         trainer = run.config.trainer
         assert (trainer.nnodes, trainer.save_freq, trainer.test_freq) == (2, 3, 4)
-        assert run.plugins["math_verify"] == {"cache_size": 6, "max_characters": 7}
+        chosen = run.plugins["math_verify"]
+        assert (chosen["cache_size"], chosen["max_characters"]) == (6, 7)
         assert list(run.plugins) == ["math_verify", "grpo"]
         assert run.defaults.trainer.nnodes == 1
 
@@ -321,6 +322,15 @@ class TestCheck:
     )
     def test_settings_that_cannot_work(self, sentence, override: str, parts: list[str]) -> None:
         refused(sentence, parts, "grpo", override, preset="ours", check=True)
+
+    def test_determinism_needs_rollouts_that_are_not_interrupted(self, sentence) -> None:
+        asked = ("trainer.v1.trainer_mode=colocate_async", "actor_rollout_ref.rollout.full_determinism=True")
+        parts = ["full_determinism=True", "colocate_async", "trainer.v1.trainer_mode=sync"]
+        refused(sentence, parts, "grpo", *asked, preset="ours", check=True)
+
+    def test_a_single_kept_checkpoint(self, sentence) -> None:
+        asked = ("trainer.max_actor_ckpt_to_keep=1", "trainer.save_freq=5")
+        refused(sentence, ["trainer.max_actor_ckpt_to_keep=1", "=2"], "grpo", *asked, preset="ours", check=True)
 
     def test_interpolated_settings_are_resolved(self) -> None:
         run = composed("grpo", "+plugins.math_verify.cache_size=${data.train_batch_size}", preset="ours")

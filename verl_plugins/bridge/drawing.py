@@ -17,7 +17,7 @@ from verl_plugins.services import Prompt, Prompts
 
 
 class DrawsPrompts:
-    """Mixed into one of verl's trainers; expects `plugins` and `run`."""
+    """Mixed into one of verl's trainers; expects `plugins`, `run` and `clock`."""
 
     _draws = (0, 0)
     """The step of the latest draw, and how many were drawn in it before."""
@@ -55,10 +55,13 @@ class DrawsPrompts:
     def _next_train_batch(self, num_prompts: int | None = None) -> Any:
         """The rows to roll out next: chosen, read, numbered and edited."""
         count = num_prompts or self.config.data.train_batch_size
-        prompts = [Prompt(prompt_id, self.rows[prompt_id]) for prompt_id in self._select(count)]
+        with self.clock():
+            chosen = self._select(count)
+        prompts = [Prompt(prompt_id, self.rows[prompt_id]) for prompt_id in chosen]
         for prompt in prompts:
             prompt.row["uid"] = self._next_uid(prompt.id)
-        self.plugins.hook.prepare_prompts(run=self.run, prompts=Prompts(prompts))
+        with self.clock():
+            self.plugins.hook.prepare_prompts(run=self.run, prompts=Prompts(prompts))
         columns = collate_fn([prompt.row for prompt in prompts])
         for name, values in columns.items():
             if len(values) != len(prompts):

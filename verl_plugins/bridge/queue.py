@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,14 +40,22 @@ class QueueSource:
         self._known = dict(known or {})
 
     def fetch(self, name: str) -> Any:
-        if name in self._known:
-            return self._known[name]
-        stored = LENGTH_OF.get(name, name)
-        data = tq.kv_batch_get(keys=self.keys, partition_id=self._partition, select_fields=[stored])
-        value = data[stored]
-        if name in LENGTH_OF:
-            return value.offsets().diff() if value.is_nested else torch.full((len(value),), value.shape[1])
-        return _plain(value)
+        if name not in self._known:
+            self.prefetch([name])
+        return self._known[name]
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Fetch several fields in one message; all of them exist, or KeyError."""
+        stored = {LENGTH_OF.get(name, name) for name in names} - self._known.keys()
+        if not stored:
+            return
+        data = tq.kv_batch_get(keys=self.keys, partition_id=self._partition, select_fields=sorted(stored))
+        for name in stored:
+            self._known[name] = _plain(data[name])
+        for name in [name for name, field in LENGTH_OF.items() if field in stored]:
+            value = data[LENGTH_OF[name]]
+            lengths = value.offsets().diff() if value.is_nested else torch.full((len(value),), value.shape[1])
+            self._known[name] = lengths
 
 
 def _plain(value: Any) -> Any:

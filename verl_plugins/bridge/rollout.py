@@ -23,7 +23,7 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorke
 from verl_plugins.bridge import census
 from verl_plugins.bridge.defaults import WorkerDefaults
 from verl_plugins.bridge.queue import prompt_id_of
-from verl_plugins.bridge.rows import Publisher, RewardBatcher, Row, session_rows
+from verl_plugins.bridge.rows import MAX_TOKENS, ROLLOUT_N, Publisher, RewardBatcher, Row, session_rows
 from verl_plugins.services import Prompt, Rollout
 
 SINGLE_TURN = "single_turn_agent"
@@ -85,7 +85,7 @@ class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
         group.size = len(rollouts)
         sessions = [rollout.outputs for rollout in rollouts]
         for number, session in enumerate(sessions):
-            session.columns["session_id"] = number
+            session.columns |= {"session_id": number, ROLLOUT_N: group.size}
         if run.metrics and sessions:
             sessions[0].outputs[-1].extra_fields[METRICS_FIELD] = run.metrics
         return sessions
@@ -140,15 +140,15 @@ class _Group:
     def __init__(self, worker: Any, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool) -> None:
         rollout = worker.config.actor_rollout_ref.rollout
         self.validate = trajectory["validate"]
-        # Stays in the row: what was asked is compared with what came back.
-        self.size = int(prompt.get("__rollout_n__", rollout.val_kwargs.n if self.validate else rollout.n))
+        self.size = int(prompt.get(ROLLOUT_N, rollout.val_kwargs.n if self.validate else rollout.n))
         do_sample = prompt.pop("__do_sample__", True)
         self._worker, self._row, self._trajectory, self._trace = worker, prompt, trajectory, trace
         self._params = dict(sampling_params)
         if not self.validate and not do_sample:
             apply_greedy_sampling_params(self._params)
-        if "__max_tokens__" in prompt:
-            self._params["max_tokens"] = int(prompt["__max_tokens__"])
+        if MAX_TOKENS in prompt:
+            self._params["max_tokens"] = int(prompt[MAX_TOKENS])
+        self._limit = int(self._params.get("max_tokens") or worker.config.data.max_response_length)
         self._started = 0
 
     @property
@@ -171,8 +171,8 @@ class _Group:
         changes = {"temperature": temperature, "max_tokens": max_tokens}
         params = {key: value for key, value in changes.items() if value is not None}
         row = {} if messages is None else {"raw_prompt": messages}
-        limit = max_tokens or self._params.get("max_tokens") or self._worker.config.data.max_response_length
-        return [self._rollout(session, limit) for session in await self.sessions(n or self.size, params, row)]
+        sessions = await self.sessions(n or self.size, params, row)
+        return [self._rollout(session, max_tokens or self._limit) for session in sessions]
 
     async def sessions(
         self, n: int, params: Mapping[str, Any] | None = None, row: Mapping[str, Any] | None = None
@@ -188,7 +188,8 @@ class _Group:
     def _run(self, number: int, params: dict[str, Any], row: Mapping[str, Any]) -> Any:
         if self._worker._seeded:
             params["seed"] = self._seed(number)
-        columns = {**self._row, **row}
+        asked = {ROLLOUT_N: self.size, MAX_TOKENS: int(params.get("max_tokens") or self._limit)}
+        columns = {**self._row, **asked, **row}
         return self._worker._run_agent_loop(
             params, trajectory=self._trajectory, trace=self._trace, session_id=number, **columns
         )

@@ -1,8 +1,8 @@
 """From agent-loop outputs to scored rows of the queue, many at a time.
 
 verl scores and stores each session on its own; here sessions that end together share one message to a reward worker,
-and groups that are ready together one to the queue. What is stored is verl's row plus the verdict (a contract test
-compares the two).
+and groups that are ready together one to the queue. What is stored is verl's row plus the verdict and what was asked
+(a contract test compares the two).
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from verl_plugins.bridge.gather import Gather
 
 VERDICT = "verdict"
 """Column with the reward function's `acc`, or the score where it gives none: `Batch.correct` reads it."""
+ROLLOUT_N, MAX_TOKENS = "__rollout_n__", "__max_tokens__"
+"""verl's columns of a prompt's own group size and budget; here every row has them, as what was asked for it."""
 USELESS = ("prompt", "dummy_tensor", "metrics", "tools_kwargs", "interaction_kwargs", "mm_processor_output")
 USELESS += ("mm_processor_kwargs",)
 """Columns the trainer never reads: each costs as much to store as a tensor."""
@@ -59,6 +61,8 @@ def _row(worker: Any, output: Any, columns: dict[str, Any], turn: int) -> Row:
     if output.reward_score is not None:
         verdict = output.extra_fields.get("reward_extra_info", {}).get("acc", output.reward_score)
         fields[VERDICT] = torch.tensor(float(verdict))
+    for name in (ROLLOUT_N, MAX_TOKENS):
+        fields[name] = torch.tensor(int(fields[name]))
     for name in USELESS:
         fields.pop(name, None)
     fields["loss_mask"] = fields["response_mask"]

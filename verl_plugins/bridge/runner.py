@@ -10,6 +10,7 @@ from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 
 from verl_plugins.bridge.rollout import PluginAgentLoopManager
 from verl_plugins.bridge.trainer import TRAINERS
+from verl_plugins.cpu import vllm
 
 
 class PluginTaskRunner(TaskRunnerV1.__ray_metadata__.modified_class):
@@ -30,4 +31,13 @@ class PluginTaskRunner(TaskRunnerV1.__ray_metadata__.modified_class):
 
     def run(self, config: Any) -> None:
         with patch.dict(TRAINER_REGISTRY, TRAINERS):
-            super().run(config)
+            try:
+                super().run(config)
+            finally:
+                self._close_servers(config)
+
+    def _close_servers(self, config: Any) -> None:
+        """vLLM on the CPU has processes beneath Ray's, which end in order only if it ends them itself."""
+        manager = getattr(self.trainer, "llm_server_manager", None)
+        if manager is not None and config.actor_rollout_ref.rollout.name == "vllm" and config.trainer.device == "cpu":
+            vllm.shut_down(manager.server_handles)

@@ -23,6 +23,7 @@ from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils.debug import marked_timer
 
 from verl_plugins.batch import Batch
 from verl_plugins.bridge import census, checkpoint
@@ -32,6 +33,7 @@ from verl_plugins.bridge.drawing import DrawsPrompts
 from verl_plugins.bridge.loss import STEP_KEY
 from verl_plugins.bridge.queue import QueueSource, is_padding, write_fields
 from verl_plugins.bridge.rollout import METRICS_FIELD
+from verl_plugins.bridge.rows import MAX_TOKENS, ROLLOUT_N
 from verl_plugins.bridge.run import DriverRun
 from verl_plugins.cpu.registration import ROLLOUT_NAME
 from verl_plugins.diagnostics.health import Watch, group_health, policy_health, reward_parts, signal_health
@@ -44,7 +46,8 @@ FORWARD_FIELDS = ("input_ids", "position_ids", "loss_mask", "routed_experts", "m
 LOSS_FIELDS = ("prompts", "responses", "response_mask", "old_log_probs", "advantages", "ref_log_prob")
 LOSS_FIELDS += ("rollout_is_weights", "teacher_ids", "teacher_logprobs")
 STEP_FIELDS = ("entropy", "returns", "values", "rollout_log_probs")
-"""What verl's engine and loss read; columns of the queue that do not exist in a run are left out."""
+HEALTH_FIELDS = ("responses", "verdict", "rollout_log_probs", "extra_fields", ROLLOUT_N, MAX_TOKENS)
+"""What verl's engine and loss read, and the metrics of every step; columns that do not exist in a run are left out."""
 
 
 class Stages(DrawsPrompts):
@@ -66,6 +69,7 @@ class Stages(DrawsPrompts):
         self._columns: set[str] = set()
         self._shipped: set[str] = set()
         self._awake = self._stopped = False
+        self.timing_raw: dict[str, float] = {}
         self._saved_step = 0
         super().__init__(config)
 
@@ -96,10 +100,20 @@ class Stages(DrawsPrompts):
             info["actor"] = self.actor_rollout_wg._query_dispatch_info("actor")
         return max(info["actor"]) + 1
 
+    def clock(self) -> Any:
+        """Counts what happens inside as time of the stages: `timing_s/stages`, summed over the step."""
+        return marked_timer("stages", self.timing_raw)
+
     # From rollouts to the advantage
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, **kwargs: Any) -> KVBatchMeta:
         """Rows in an order of their own (not that of arrival), rewards shaped, rows dropped, then verl's balancing."""
+        with self.clock():
+            batch = self._shape_and_select(batch)
+        with self._group_size(), self._keep_order():
+            return super()._balance_batch(batch, metrics, **kwargs)
+
+    def _shape_and_select(self, batch: KVBatchMeta) -> KVBatchMeta:
         batch.reorder(sorted(range(len(batch)), key=lambda row: _row_order(batch.keys[row])))
         self._full = self._open(batch.keys)
         self.plugins.hook.shape_rewards(run=self.run, batch=self._full)
@@ -113,8 +127,7 @@ class Stages(DrawsPrompts):
         self._rows_per_prompt = (
             len(kept) // prompts if len(kept) < len(self._full) and not len(kept) % prompts else None
         )
-        with self._group_size(), self._keep_order():
-            return super()._balance_batch(batch, metrics, **kwargs)
+        return batch
 
     def _keep_order(self) -> Any:
         """With one rank there is nothing to balance, and verl's partitioning is slow for what it then returns."""
@@ -155,14 +168,17 @@ class Stages(DrawsPrompts):
 
         The other columns (messages, dataset rows, …) cost more to send than all of these together.
         """
-        if not self._columns:
-            row = tq.kv_batch_get(keys=batch.keys[:1], partition_id=batch.partition_id)
-            self._columns = set(row.keys())
-        wanted = {*FORWARD_FIELDS, *fields, *self._shipped, *(self.needs & {*self._columns, *STEP_FIELDS})}
+        wanted = {*FORWARD_FIELDS, *fields, *self._shipped, *(self.needs & {*self._columns_of(batch), *STEP_FIELDS})}
         if self.processor is None:
             wanted.discard("multi_modal_inputs")
         batch.fields = sorted(wanted & {*self._columns, *(batch.fields or [])})
         return batch
+
+    def _columns_of(self, batch: KVBatchMeta) -> set[str]:
+        """What the rows have when they come from the rollout; the same in every step."""
+        if not self._columns:
+            self._columns = set(tq.kv_batch_get(keys=batch.keys[:1], partition_id=batch.partition_id).keys())
+        return self._columns
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         batch = super()._compute_old_log_prob(self._for_workers(batch), metrics)
@@ -188,11 +204,15 @@ class Stages(DrawsPrompts):
         estimate = partial(self._estimate, original)
         with patch.object(trainer_base, "compute_advantage_for_multi_trajectories", estimate):
             batch = super()._compute_advantage(batch, metrics)
+        with self.clock():
+            return self._observe(batch, metrics)
+
+    def _observe(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        self._batch.full.prefetch(*[name for name in HEALTH_FIELDS if name in self._columns_of(batch)])
         self.plugins.hook.observe(run=self.run, batch=self._batch)
         if self._batch.written:
             batch = self._store(batch, self._batch)
-        asked = None if self.plugins.implements("rollout_group") else self.config.actor_rollout_ref.rollout.n
-        metrics.update(group_health(self._batch.full, asked))
+        metrics.update(group_health(self._batch.full))
         metrics.update(signal_health(self._batch) | policy_health(self._batch))
         metrics.update(reward_parts(self._batch.full))
         metrics.update(self._group_metrics(self._batch.full))
@@ -201,6 +221,10 @@ class Stages(DrawsPrompts):
 
     def _estimate(self, original: Any, data: Any, batch_keys: list[str], **kwargs: Any) -> Any:
         """In the place of verl's function: the same result, from the stage `estimate_advantage`."""
+        with self.clock():
+            return self._estimate_by_stage(original, data, batch_keys, kwargs)
+
+    def _estimate_by_stage(self, original: Any, data: Any, batch_keys: list[str], kwargs: dict[str, Any]) -> Any:
         rows = torch.tensor([row for row, key in enumerate(batch_keys) if not is_padding(key)])
         keys = [batch_keys[row] for row in rows.tolist()]
         known = {name: values[rows] for name, values in data.batch.items()}

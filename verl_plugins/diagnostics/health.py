@@ -22,24 +22,18 @@ PATIENCE = 10
 MOST_TRUNCATED, FEW_GROUPS = 0.9, 0.05
 
 
-def group_health(batch: Batch, group_size: int | None) -> dict[str, float]:
-    """Accuracy, and shares of groups: mixed, all right, all wrong, of another size than asked.
-
-    `group_size` is asked of prompts without a size of their own; None where plugins decide it while they roll out.
-    """
+def group_health(batch: Batch) -> dict[str, float]:
+    """Accuracy, and shares of groups: mixed, all right, all wrong, of another size than was asked."""
     groups, correct = batch.groups, batch.correct
     one_per_group = groups.first(batch.is_last)
     right, wrong = groups.all(correct)[one_per_group], groups.all(~correct)[one_per_group]
-    sizes = {}
-    if group_size is not None:
-        off_size = groups.count() != _asked(batch, group_size)
-        sizes["health/groups_off_size"] = _share(off_size[one_per_group])
+    off_size = (groups.count() != torch.as_tensor(batch.extra("__rollout_n__")))[one_per_group]
     return {
         "health/accuracy": _share(correct[batch.is_last]),
         "health/mixed_groups": _share(~right & ~wrong),
         "health/all_right_groups": _share(right),
         "health/all_wrong_groups": _share(wrong),
-        **sizes,
+        "health/groups_off_size": _share(off_size),
         "health/truncated": _share(batch.truncated[batch.is_last]),
         "health/generated_tokens": float(batch.response_mask.sum()),
     }
@@ -107,20 +101,13 @@ class Watch:
             f"over {MOST_TRUNCATED:.0%} of the responses were cut off at their token budget {steps}: raise "
             "data.max_response_length": metrics["health/truncated"] > MOST_TRUNCATED,
             f"over {FEW_GROUPS:.0%} of the groups had another size than actor_rollout_ref.rollout.n {steps}: responses "
-            "fail (see verl.log) or uids are mixed up": metrics.get("health/groups_off_size", 0) > FEW_GROUPS,
+            "fail (see verl.log) or uids are mixed up": metrics["health/groups_off_size"] > FEW_GROUPS,
         }
         for sentence, bad in sentences.items():
             self._bad[sentence] = self._bad.get(sentence, 0) + 1 if bad else 0
         due = [text for text, steps in self._bad.items() if steps >= PATIENCE and text not in self._said]
         self._said.update(due)
         return due
-
-
-def _asked(batch: Batch, group_size: int) -> Tensor:
-    try:
-        return torch.as_tensor(batch.extra("__rollout_n__"))
-    except DataError:
-        return torch.full((len(batch),), group_size)
 
 
 def _field(batch: Batch, name: str) -> Tensor | None:

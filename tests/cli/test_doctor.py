@@ -1,0 +1,52 @@
+"""`verl-plugins doctor`: what it finds, what it says to do, and its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMAND = Path(sys.executable).with_name("verl-plugins")
+
+
+def doctor(*args: str, **env: str) -> tuple[int, dict[str, dict[str, str]]]:
+    """Exit code and findings by name."""
+    done = subprocess.run(
+        [COMMAND, "doctor", "--json", *args], capture_output=True, text=True, env={**os.environ, **env}
+    )
+    assert done.stdout, done.stderr
+    return done.returncode, {finding["what"]: finding for finding in json.loads(done.stdout)}
+
+
+def test_a_healthy_machine() -> None:
+    code, found = doctor()
+    broken = [finding for finding in found.values() if finding["state"] == "broken"]
+    assert (code, broken) == (0, [])
+    for what in ("Python", "verl-plugins", "torch", "verl", "machine", "cache", "plugins", "recipes", "preset cpu"):
+        assert found[what]["state"] == "ok", found[what]
+    assert all(finding["mend"] for finding in found.values() if finding["state"] != "ok")
+
+
+def test_what_is_broken_is_named_with_its_cure(site, tmp_path: Path) -> None:
+    site.distribution("ghost", ghost="no_such_module:Method")
+    site.recipes("cookbook", burnt="recipe: {titel: Stew}")
+    (tmp_path / "file").touch()
+    code, found = doctor(VERL_PLUGINS_BLOCK="vade,vaed")
+    assert code == 1
+    assert "no_such_module" in found["plugin ghost"]["found"] and "pip" in found["plugin ghost"]["mend"]
+    assert "titel" in found["recipe burnt"]["found"] and "burnt.yaml" in found["recipe burnt"]["mend"]
+    assert "not installed: vaed" in found["VERL_PLUGINS_BLOCK"]["found"]
+    assert found["preset cpu"]["state"] == "ok"
+
+
+@pytest.mark.e2e
+def test_workers_of_every_kind() -> None:
+    code, found = doctor("--ray")
+    kinds = {what.split(" on node ")[0]: finding for what, finding in found.items() if " on node " in what}
+    assert kinds.keys() == {"actor worker", "agent-loop worker", "reward worker"}
+    assert {finding["found"] for finding in kinds.values()} == {"same packages as here"}
+    assert code == 0
