@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from verl_plugins.batch import Tokens
@@ -32,8 +32,7 @@ class ActorPart:
 
     def __init__(self, plugin: Plugin, config: DictConfig, change: Change, seed: int, recorder: Recorder) -> None:
         self._needs, self._change, self._seed, self._recorder = frozenset(plugin.needs), change, seed, recorder
-        self._settings = OmegaConf.create(OmegaConf.to_container(config.actor_rollout_ref.actor, resolve=True))
-        self._settings.global_batch_info = {"dp_size": 1, "loss_scale_factor": None}
+        self._settings = config.actor_rollout_ref.actor
         self._actor = FakeActor(seed)
         self._plugins = Plugins([plugin])
         self._own = {stage for stage in STAGES if self._plugins.implements(stage)}
@@ -46,14 +45,16 @@ class ActorPart:
             put: names of the fields plugins have added.
             width: T of the step without added padding, to which results are recorded.
         """
+        if not self._own:
+            return
         self._width = width
         rows = rows.rows(np.argsort(rows.keys).tolist())
         for mini_batch, part in enumerate(np.array_split(np.arange(len(rows)), 2)):
             self._actor.step, self._actor.mini_batch = step, mini_batch
-            self._settings.global_batch_info.batch_num_tokens = int(rows.columns["response_mask"][part].sum())
-            self._settings.global_batch_info.global_batch_size = len(part)
-            for micro_batch, piece in enumerate(self._micro_batches(rows, part)):
-                if self._own & {"policy_loss", "loss_terms"}:
+            if self._own & {"policy_loss", "loss_terms"}:
+                counts = {"batch_num_tokens": int(rows.columns["response_mask"][part].sum())}
+                self._settings.global_batch_info.update({**counts, "global_batch_size": len(part)})
+                for micro_batch, piece in enumerate(self._micro_batches(rows, part)):
                     self._losses(step, mini_batch, micro_batch, piece, put)
             if "optimizer_step" in self._own:
                 self._optimizer_step()
@@ -106,9 +107,9 @@ class ActorPart:
             result = self._recorder.call(self._plugins, stage, inputs, tokens=tokens)
             for what, values in _by_name(stage, result).items():
                 self._recorder.require_tokens(stage, values, mask, what)
-                self._record(step, stage, what, values, rows, mask)
+                self._record(step, stage, f"{what} of row", values, rows, mask)
                 for by, gradient in self._gradients(stage, what, values, leaves, mask).items():
-                    self._record(step, stage, f"the gradient of {what} by {by}", gradient, rows, mask)
+                    self._record(step, stage, f"the gradient of {what} by {by} of row", gradient, rows, mask)
             if mask.any():
                 self._recorder.note_metrics(step, stage, logged, f"micro-batch {mini_batch}.{micro_batch}")
             logged.clear()
@@ -136,7 +137,7 @@ class ActorPart:
                 self._recorder.fault("gradient", stage, f"gives {what} with a gradient by {name} that is not finite")
             elif gradient.masked_fill(mask, 0).any():
                 self._recorder.fault(
-                    "gradient", stage, f"gives {what} whose values on the response mask depend on {name} outside it"
+                    "gradient", stage, f"gives {what} that depends on {name} outside the response mask"
                 )
         return found
 
@@ -169,7 +170,7 @@ class ActorPart:
 
 def _by_name(stage: str, result: Any) -> dict[str, Tensor]:
     if stage == "policy_loss":
-        return {"a loss": result}
+        return {"the loss": result}
     terms: dict[str, Tensor] = {}
     for named in result:
         if named is not None and not isinstance(named, Mapping):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from torch import Tensor
 from verl_plugins.advantage.grpo import grpo_advantage
 from verl_plugins.batch import Batch, TensorSource
 from verl_plugins.bridge.defaults import DriverDefaults, WorkerDefaults
-from verl_plugins.diagnostics.health import group_health
 from verl_plugins.hookspecs import STAGES
 from verl_plugins.manager import Plugins
 from verl_plugins.plugin import Plugin
@@ -53,6 +51,7 @@ class Episode:
         follow: an episode whose results (prompts, rows dropped, rewards, advantages, fields put) are continued with,
             whatever they are here: then a law is broken where it is broken, and not at all later stages as well.
         shared: one instance in all processes.
+        watch: see `Recorder`.
     """
 
     def __init__(
@@ -64,10 +63,11 @@ class Episode:
         change: Change | None = None,
         follow: Episode | None = None,
         shared: bool = False,
+        watch: bool = False,
     ) -> None:
         only = make() if shared else None
         self.plugins = {process: only or make() for process in PROCESSES}
-        self.recorder = Recorder()
+        self.recorder = Recorder(watch=watch)
         self.choices: dict[tuple[int, str], Any] = {}
         """What training went on with: (step, stage) -> prompt ids, keys of dropped rows, or the rows."""
         self._scenario, self._config, self._follow = scenario, config, follow
@@ -89,6 +89,10 @@ class Episode:
             run = self._run(steps[-1])
             self._driver("on_train_end", run)
         return self
+
+    def implements(self, stage: str) -> bool:
+        """Whether the plugin does anything there."""
+        return stage in self._own
 
     def weights(self) -> Any:
         """A copy of the actor's model and optimiser."""
@@ -119,7 +123,10 @@ class Episode:
                 "actor/pg_loss": 0.0,
                 "critic/score/mean": float(full.scores.mean()),
                 "response_length/mean": float(full.lengths.float().mean()),
-                **group_health(full),
+                "health/accuracy": float(full.correct.float().mean()),
+                "health/mixed_groups": float(
+                    (full.groups.any(full.correct) & full.groups.any(~full.correct)).float().mean()
+                ),
             }
             self._driver("on_step_end", run, metrics=metrics)
 
@@ -137,7 +144,7 @@ class Episode:
         run.metrics = {}
         for name, values in (batch.written if batch else {}).items():
             if name != "rm_scores" and put.get(name) is not values:
-                self._record(run, stage, f"field {name!r}", batch, values)
+                self._record(run, stage, f"field {name!r} of row", batch, values)
         return result
 
     def _watched(self, process: str, stage: str, **arguments: Any) -> Any:
@@ -196,6 +203,8 @@ class Episode:
 
     def _group(self, run: FakeRun, prompt: Prompt, place: int) -> list[Rollout]:
         """The rollouts of one prompt."""
+        if "rollout_group" not in self._own:
+            return self._answers(run, prompt, place, range(prompt.group_size or self._scenario.group_size))
         started = 0
 
         async def sample(
@@ -208,17 +217,13 @@ class Episode:
             nonlocal started
             numbers = range(started, started + (n or prompt.group_size or self._scenario.group_size))
             started = numbers.stop
-            budget = max_tokens or prompt.max_tokens
-            numbers = [number for number in numbers if not self._fails(place, number)]
-            return [self._world.respond(prompt, place, run.step, number, budget, self._score) for number in numbers]
+            return self._answers(run, prompt, place, numbers, max_tokens)
 
-        if "rollout_group" not in self._own:
-            return asyncio.run(sample())
         own = GroupRun(run, prompt.id)
         rollouts = self._watched("agent_loop", "rollout_group", run=own, prompt=prompt, sample=sample)
         self.recorder.note_metrics(run.step, "rollout_group", own.metrics, f"prompt {prompt.id}")
         if rollouts is None:
-            return asyncio.run(sample())
+            return self._answers(run, prompt, place, range(prompt.group_size or self._scenario.group_size))
         if not isinstance(rollouts, Sequence) or not all(isinstance(rollout, Rollout) for rollout in rollouts):
             raise StageFailed("rollout_group", "gives something else than rollouts that sample() returned")
         if not rollouts:
@@ -226,6 +231,14 @@ class Episode:
         texts = [rollout.text for rollout in rollouts]
         self.recorder.note(run.step, "rollout_group", f"the group of prompt {prompt.id}", texts)
         return list(rollouts)
+
+    def _answers(
+        self, run: FakeRun, prompt: Prompt, place: int, numbers: Iterable[int], max_tokens: int | None = None
+    ) -> list[Rollout]:
+        """Responses by number, scored; those that fail are missing."""
+        budget = max_tokens or prompt.max_tokens
+        numbers = [number for number in numbers if not self._fails(place, number)]
+        return [self._world.respond(prompt, place, run.step, number, budget, self._score) for number in numbers]
 
     def _fails(self, place: int, number: int) -> bool:
         """A response of the last group is missing, or all but its first."""
@@ -255,10 +268,10 @@ class Episode:
         full = self._batch(rows, ())
         if "shape_rewards" in self._own:
             self._driver("shape_rewards", run, batch=full)
-            self._record(run, "shape_rewards", "the rewards", full, full.rewards)
+            self._record(run, "shape_rewards", "the reward of row", full, full.rewards)
         if "select_rows" in self._own:
             self._driver("select_rows", run, batch=full)
-            self._record(run, "select_rows", "dropped", full, full.dropped)
+            self._record(run, "select_rows", "the mark for dropping row", full, full.dropped)
         dropped = [key for key, gone in zip(full.keys, full.dropped.tolist(), strict=True) if gone]
         dropped = set(self._continue_with(run.step, "select_rows", dropped))
         rows = self._rows_to_continue_with(run.step, "shape_rewards", rows, full.written)
@@ -280,7 +293,7 @@ class Episode:
                 self.recorder.fault(
                     "result", "estimate_advantage", "gives an advantage that is not 0 outside the response mask"
                 )
-            self._record(run, "estimate_advantage", "the advantage", batch, advantages)
+            self._record(run, "estimate_advantage", "the advantage of row", batch, advantages)
         columns = {"advantages": advantages.detach().float() * batch.response_mask}
         rows = self._rows_to_continue_with(run.step, "estimate_advantage", rows, columns)
         batch._fields["advantages"] = rows.columns["advantages"]

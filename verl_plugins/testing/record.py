@@ -42,17 +42,23 @@ class StageFailed(Exception):
 
 
 class Recorder:
-    """Faults of single calls, and what each stage gave: plain values, and values by row key."""
+    """Faults of single calls, and what each stage gave: plain values, and values by row key.
 
-    def __init__(self) -> None:
+    Args:
+        watch: also look for uses of global generators and for inputs changed in place.
+    """
+
+    def __init__(self, *, watch: bool) -> None:
+        self._watch = watch
         self.faults: list[Fault] = []
         self.values: dict[tuple[int, str, str], Any] = {}
         """(step, stage, what) -> plain data, or {row key: array}."""
         self.metrics: dict[tuple[int, str, str], dict[str, Any]] = {}
 
     def call(self, plugins: Plugins, stage: str, inputs: Mapping[str, Any], **arguments: Any) -> Any:
-        """Call the stage; errors, uses of global generators and inputs changed in place are noted."""
-        kept, generators = copy.deepcopy(dict(inputs)), generator_states()
+        """Call the stage, asynchronous or not; an error becomes StageFailed."""
+        inputs = inputs if self._watch else {}
+        kept, generators = copy.deepcopy(dict(inputs)), generator_states() if self._watch else {}
         try:
             result = getattr(plugins.hook, stage)(**arguments)
             if asyncio.iscoroutine(result):
@@ -62,8 +68,9 @@ class Recorder:
         except Exception as error:
             text = f"raises {type(error).__name__}: {' '.join(str(error).split())}"
             raise StageFailed(stage, text, error) from error
-        for name, state in generator_states().items():
-            if state != generators[name]:
+        now = generator_states() if self._watch else {}
+        for name, state in generators.items():
+            if state != now[name]:
                 self.fault("global_rng", stage, f"uses the global generator of {name}, not run.rng or tokens.rng")
         for name, value in inputs.items():
             if not same(value, kept[name]):
@@ -80,11 +87,11 @@ class Recorder:
     def note_rows(self, step: int, stage: str, what: str, keys: Sequence[str], values: Tensor) -> None:
         """Record values [B] or [B,T] of the real rows."""
         rows = values.detach().double().numpy()
-        found = {key: row for key, row in zip(keys, rows, strict=True) if not key.startswith("pad")}
+        found = {key: np.asarray(row) for key, row in zip(keys, rows, strict=True) if not key.startswith("pad")}
         self.values.setdefault((step, stage, what), {}).update(found)
 
     def note_metrics(self, step: int, stage: str, metrics: Mapping[str, Any], what: str = "") -> None:
-        """Record what was logged; it must be finite numbers."""
+        """Record what was logged, `what` saying where; it must be finite numbers."""
         for key, value in metrics.items():
             try:
                 sound = isinstance(key, str) and np.isfinite(float(value))
@@ -92,7 +99,7 @@ class Recorder:
                 sound = False
             if not sound:
                 self.fault("metrics", stage, f"logs {key!r} as {value!r}; a metric is a finite number")
-        self.metrics[step, stage, what] = dict(metrics)
+        self.metrics[step, stage, f"metrics of {what}:" if what else "metric"] = dict(metrics)
 
     def require_tokens(self, stage: str, values: Any, mask: Tensor, what: str) -> None:
         """`values` must be [rows, tokens], floating and finite."""
@@ -118,7 +125,7 @@ def differences(
         since: only steps from this one on.
     """
     found: dict[str, str] = {}
-    records = [(one.values, other.values)] + ([(one.metrics, other.metrics)] if exact else [])
+    records = [(one.values, other.values), *([(one.metrics, other.metrics)] if exact else [])]
     for ours, theirs in records:
         for key in sorted({*ours, *theirs}):
             step, stage, what = key
@@ -133,21 +140,22 @@ def differences(
 
 def _difference(one: Any, other: Any, what: str, exact: bool) -> str | None:
     if not isinstance(one, Mapping) or not isinstance(other, Mapping):
-        return None if same(one, other, exact) else f"{what} is {_short(other)}, not {_short(one)}".lstrip()
+        return None if same(one, other, exact) else f"{what} is {_short(other)}, not {_short(one)}"
     for key in [*one, *(key for key in other if key not in one)]:
-        label = f"{what} of {key}" if what else f"{key}"
         if key not in one or key not in other:
-            return f"{label} is {'missing' if key not in other else 'there'}"
+            return f"{what} {key} is {'missing' if key not in other else 'there'}"
         if not same(one[key], other[key], exact):
-            return f"{label} is {_where(one[key], other[key], exact)}"
+            return f"{what} {key} is {_where(one[key], other[key], exact)}"
     return None
 
 
 def _where(one: Any, other: Any, exact: bool) -> str:
-    if isinstance(one, np.ndarray) and np.shape(one) == np.shape(other) and one.ndim == 1:
-        token = next(i for i in range(len(one)) if not same(one[i], other[i], exact))
-        return f"{other[token]:.6g} at token {token}, not {one[token]:.6g}"
-    return f"{_short(other)}, not {_short(one)}"
+    if not isinstance(one, np.ndarray) or np.shape(one) != np.shape(other) or one.ndim > 1:
+        return f"{_short(other)}, not {_short(one)}"
+    if one.ndim == 0:
+        return f"{other:.6g}, not {one:.6g}"
+    token = next(i for i in range(len(one)) if not same(one[i], other[i], exact))
+    return f"{other[token]:.6g} at token {token}, not {one[token]:.6g}"
 
 
 def _short(value: Any) -> str:
@@ -183,7 +191,7 @@ def batch_inputs(batch: Batch) -> dict[str, Any]:
     """What a hook may read of a batch and must leave as it is, by name, the objects themselves."""
     batch.response_mask, batch.correct, batch.scores  # noqa: B018  computed when first read
     found = {}
-    for part in (vars(batch), batch._source.fields, batch._fields):
+    for part in (batch._source.fields, batch._fields, vars(batch)):
         data = {name: value for name, value in part.items() if isinstance(value, (Tensor, np.ndarray, list))}
         found |= {f"batch.{_SHOWN.get(name, name)}": value for name, value in data.items()}
     return found

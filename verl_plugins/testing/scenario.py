@@ -65,14 +65,18 @@ class Scenario:
             "data.max_response_length": self.tokens,
             "data.seed": self.seed,
             "actor_rollout_ref.rollout.n": self.group_size,
-            "actor_rollout_ref.actor.ppo_mini_batch_size": self.prompts,
+            "actor_rollout_ref.actor.ppo_mini_batch_size": self.prompts // 2,
             "actor_rollout_ref.actor.use_dynamic_bsz": True,
         }
         with open_dict(config):
             for key, value in {**sizes, **self.overrides}.items():
                 OmegaConf.update(config, key, value, force_add=True)
             config.plugins = dict(plugins)
+            config.actor_rollout_ref.actor.global_batch_info = {"dp_size": 1, "loss_scale_factor": None}
         OmegaConf.set_readonly(config, True)
+        of_mini_batch = config.actor_rollout_ref.actor.global_batch_info  # filled in for each
+        OmegaConf.set_readonly(of_mini_batch, False)
+        OmegaConf.set_struct(of_mini_batch, False)
         return config
 
 
@@ -223,7 +227,7 @@ class World:
             right, ids = False, TOKENIZER("1" * budget)["input_ids"]
         ids = ids[:budget]
         answer = Answer(TOKENIZER.decode(ids), truth, prompt.row["data_source"], dict(prompt.row["extra_info"]))
-        verdict = score(answer) or Verdict(self.scenario.scores[right], right)
+        verdict = score(answer) or Verdict(self.scenario.scores[right], right, {"answer": answer.text.strip()})
         info = {**verdict.parts, "score": float(verdict.score), "acc": float(verdict.correct)}
         mask = [1] * len(ids)
         if place == 3 and number == 0 and len(ids) > 1:

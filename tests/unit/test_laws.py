@@ -1,0 +1,65 @@
+"""Every plugin of this package keeps the laws that `check_plugin` holds third parties to.
+
+A law that a method breaks on purpose stands here with the reason.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from verl_plugins import manifest
+from verl_plugins.testing import check_plugin
+
+OURS = sorted(
+    entry.name
+    for entry in manifest.entries()
+    if entry.dist and entry.dist.name == "verl-plugins" and not manifest.is_recipes(entry)
+)
+FIRST = {"row_order.select_rows": "of several responses at the median the first is the pivot, as in the authors' code"}
+TIES = "where all advantages are equal so are the covariances, and any of the tokens may be the largest"
+BY_CHANCE = "as in the authors' code, candidates are numbered in row order and drawn by number"
+PER_CALL = "as in the authors' code, means, counts and draws are per micro-batch; scope: batch does without"
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "grpo": [{"config": {"scale": "none"}}],
+    "mc_grpo": [
+        {"except_for": FIRST},
+        {"except_for": FIRST, "config": {"scale": "std", "rescale_nonzero": True, "advantage_clip": 2.0}},
+    ],
+    "vade": [{}, {"config": {"mode": "greedy", "score": "variance"}}, {"config": {"metric": "acc"}}],
+    "clip_cov": [
+        {
+            "config": {"clip_cov_ratio": 0.1, "clip_cov_lb": 0.01},
+            "except_for": {"row_order.policy_loss": BY_CHANCE, "micro_batches.policy_loss": PER_CALL},
+        },
+        {
+            "config": {"clip_cov_ratio": 0.1, "clip_cov_lb": 0.01, "scope": "batch"},
+            "except_for": {"row_order.observe": BY_CHANCE},
+        },
+    ],
+    "kl_cov": [
+        {
+            "config": {"kl_cov_ratio": 0.1},
+            "except_for": {
+                "row_order.policy_loss": TIES,
+                "padding.policy_loss": TIES,
+                "micro_batches.policy_loss": PER_CALL,
+            },
+        },
+        {"config": {"kl_cov_ratio": 0.1, "scope": "batch"}},
+    ],
+}
+"""What `check_plugin` is called with; a plugin without an entry: nothing."""
+CASES = [(name, options) for name in OURS for options in VARIANTS.get(name, [{}])]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), CASES, ids=[f"{name}-{options.get('config', '')}" for name, options in CASES]
+)
+def test_laws(name: str, options: dict[str, Any]) -> None:
+    check_plugin(name, **options)
+
+
+def test_variants_are_of_installed_plugins() -> None:
+    assert VARIANTS.keys() <= set(OURS)
