@@ -200,16 +200,21 @@ class Batch:
         return torch.as_tensor(self._field("response_lengths"))
 
     @cached_property
+    def budgets(self) -> Tensor:
+        """[B] int64 tokens each response could have: `max_tokens` of its prompt, at most `data.max_response_length`."""
+        if self._budget is None:
+            raise DataError("the batch does not know the response budget (data.max_response_length)")
+        try:
+            own = torch.as_tensor(self._source.fetch("__max_tokens__"))
+        except KeyError:
+            return torch.full_like(self.lengths, self._budget)
+        return own.long().clamp(max=self._budget)
+
+    @cached_property
     def truncated(self) -> Tensor:
         """[B] bool: the response used up its budget without ending."""
-        if self._budget is None:
-            raise DataError("truncated: the batch does not know the response budget (data.max_response_length)")
-        try:
-            budget = torch.as_tensor(self._source.fetch("__max_tokens__"))
-        except KeyError:
-            budget = torch.full_like(self.lengths, self._budget)
         last = self.responses.gather(1, (self.lengths.clamp(min=1) - 1)[:, None])[:, 0]
-        return (self.lengths >= budget) & (last != self._tokenizer.eos_token_id)
+        return (self.lengths >= self.budgets) & (last != self._tokenizer.eos_token_id)
 
     @property
     def responses(self) -> Tensor:

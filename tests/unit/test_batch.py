@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -110,6 +112,34 @@ class TestTokens:
         first = torch.rand(4, generator=tokens.rng())
         assert torch.equal(first, torch.rand(4, generator=tokens.rng()))
         assert not torch.equal(first, torch.rand(4, generator=tokens.scoped("other").rng()))
+
+
+class TestTruncation:
+    """A response is judged by its own budget."""
+
+    @staticmethod
+    def make(**fields) -> Batch:
+        responses = torch.tensor([[7, 7, 7, 2], [7, 7, 0, 0], [7, 2, 0, 0], [7, 7, 7, 7]])
+        lengths = torch.tensor([4, 2, 2, 4])
+        mask = torch.arange(4) < lengths[:, None]
+        tokenizer = SimpleNamespace(eos_token_id=2)
+        known = {"responses": responses, "response_lengths": lengths, "response_mask": mask, "tokenizer": tokenizer}
+        return make(["1-1-0"] * 4, rm_scores=torch.zeros(4, 4), budget=4, **known | fields)
+
+    def test_without_budgets_of_prompts(self):
+        batch = self.make()
+        assert batch.budgets.tolist() == [4, 4, 4, 4]
+        assert batch.truncated.tolist() == [False, False, False, True]
+
+    def test_each_prompt_has_its_own(self):
+        batch = self.make(__max_tokens__=[4, 2, 2, 4])
+        assert batch.budgets.tolist() == [4, 2, 2, 4]
+        assert batch.truncated.tolist() == [False, True, False, True]
+
+    def test_none_exceeds_that_of_the_run(self):
+        batch = self.make(__max_tokens__=[9, 9, 9, 9])
+        assert batch.budgets.tolist() == [4, 4, 4, 4]
+        assert batch.truncated.tolist() == [False, False, False, True]
 
 
 class TestDropping:
