@@ -1,4 +1,4 @@
-"""Forward and backward of the Clip-Cov loss, aggregated, against verl's own `clip_cov`.
+"""Forward and backward of the Clip-Cov and KL-Cov losses, aggregated, against verl's own `clip_cov` and `kl_cov`.
 
 python benchmarks/clip_cov.py
 """
@@ -12,11 +12,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from timing import best_times, report
-from verl.trainer.ppo.core_algos import agg_loss, compute_policy_loss_clip_cov
+from verl.trainer.ppo.core_algos import agg_loss, compute_policy_loss_clip_cov, compute_policy_loss_kl_cov
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
-from verl_plugins import Tokens
+from verl_plugins import Plugin, Tokens
 from verl_plugins.entropy.clip_cov import ClipCov
+from verl_plugins.entropy.kl_cov import KlCov
+
+VERL = {"clip_cov": compute_policy_loss_clip_cov, "kl_cov": compute_policy_loss_kl_cov}
 
 
 def make_fields(rows: int, tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -31,7 +34,7 @@ def make_fields(rows: int, tokens: int, seed: int = 0) -> dict[str, torch.Tensor
     }
 
 
-def compare(rows: int, tokens: int) -> None:
+def compare(plugin: Plugin, rows: int, tokens: int) -> None:
     fields, rng = make_fields(rows, tokens), torch.Generator()
     # Unused fields of verl's settings are filled in as its own tests do.
     config = ActorConfig(
@@ -40,9 +43,8 @@ def compare(rows: int, tokens: int) -> None:
         ppo_micro_batch_size_per_gpu=1,
         clip_ratio_low=1.0,
         clip_ratio_high=1.0,
-        policy_loss=PolicyLossConfig(loss_mode="clip_cov"),
+        policy_loss=PolicyLossConfig(loss_mode=plugin.name, kl_cov_ratio=2e-3, ppo_kl_coef=1.0),
     )
-    plugin = ClipCov(ClipCov.Config())
 
     def ours() -> None:
         fields["log_probs"].grad = None
@@ -51,7 +53,7 @@ def compare(rows: int, tokens: int) -> None:
 
     def verl() -> None:
         fields["log_probs"].grad = None
-        compute_policy_loss_clip_cov(
+        VERL[plugin.name](
             fields["old_log_probs"],
             fields["log_probs"],
             fields["advantages"],
@@ -60,10 +62,11 @@ def compare(rows: int, tokens: int) -> None:
             config,
         )[0].backward()
 
-    report(f"[{rows}, {tokens}]", best_times({"verl": verl, "clip_cov": ours}, rounds=3), "verl")
+    report(f"[{rows}, {tokens}]", best_times({"verl": verl, plugin.name: ours}, rounds=3), "verl")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for shape in ((1024, 1024), (256, 4096), (32, 2048)):
-        compare(*shape)
+    for method in (ClipCov(ClipCov.Config()), KlCov(KlCov.Config())):
+        for shape in ((1024, 1024), (256, 4096), (32, 2048)):
+            compare(method, *shape)

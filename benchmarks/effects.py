@@ -19,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import worked_sums
+
 from verl_plugins.cpu.demo import read_metrics, validation_accuracy
 
 Steps = Sequence[dict]
@@ -26,25 +28,29 @@ Steps = Sequence[dict]
 
 @dataclass(frozen=True)
 class Measure:
-    """One column: a number per run."""
+    """One column: a number per run; None where the run has no such metric."""
 
     title: str
-    value: Callable[[Steps, Sequence[tuple[int, dict]]], float]
+    value: Callable[[Steps, Sequence[tuple[int, dict]]], float | None]
 
 
 @dataclass(frozen=True)
 class Effect:
-    """The variants of one comparison (name -> arguments of `verl-plugins run`) and what is measured of each."""
+    """The variants of one comparison (name -> arguments of `verl-plugins run`) and what is measured of each.
+
+    `prepare` makes a model and a task in a folder and gives the overrides that use them.
+    """
 
     variants: dict[str, list[str]]
     measures: list[Measure]
     common: tuple[str, ...] = ()
     steps: int = 45
+    prepare: Callable[[Path], list[str]] | None = None
 
 
 def mean_of(key: str, first: int = 0, last: int | None = None) -> Callable:
     """Mean of a metric over steps first+1..last."""
-    return lambda steps, _: statistics.fmean(step[key] for step in steps[first:last])
+    return lambda steps, _: statistics.fmean(step[key] for step in steps[first:last]) if key in steps[0] else None
 
 
 def at(key: str, step: int) -> Callable:
@@ -91,6 +97,51 @@ EFFECTS = {
         ],
         common=("actor_rollout_ref.rollout.n=3",),
     ),
+    "kl_cov": Effect(
+        {
+            "grpo": ["grpo"],
+            "kl_cov (authors' settings)": ["kl_cov"],
+            "kl_cov, ratio 0.2": ["kl_cov", "plugins.kl_cov.kl_cov_ratio=0.2"],
+        },
+        [
+            Measure("entropy, first 5", mean_of("actor/entropy", 0, 5)),
+            Measure("entropy, last 5", mean_of("actor/entropy", -5)),
+            Measure("accuracy, last 5", mean_of("health/accuracy", -5)),
+            *ACCURACY,
+        ],
+        common=("actor_rollout_ref.actor.ppo_mini_batch_size=4", "actor_rollout_ref.actor.optim.lr=1e-4"),
+        steps=20,
+    ),
+    "siri": Effect(
+        {
+            "grpo (32 tokens)": ["grpo"],
+            "siri (32 to 8 to 32)": ["siri", "plugins.siri.cycle_length=30", "plugins.siri.min_length=8"],
+        },
+        [
+            Measure("length, first 3", mean_of("response_length/mean", 0, 3)),
+            Measure("length, steps 15 to 17", mean_of("response_length/mean", 14, 17)),
+            Measure("length, last 3", mean_of("response_length/mean", -3)),
+            Measure("truncated, steps 15 to 17", mean_of("health/truncated", 14, 17)),
+            Measure("truncated, last 3", mean_of("health/truncated", -3)),
+            *ACCURACY,
+        ],
+        common=("actor_rollout_ref.actor.optim.lr=1e-4",),
+        steps=30,
+        prepare=worked_sums.prepare,
+    ),
+    "ttrl": Effect(
+        {
+            "grpo (with labels)": ["grpo", "actor_rollout_ref.rollout.n=8"],
+            "ttrl (32 votes, 8 trained on)": ["ttrl", "plugins.ttrl.n_votes=32", "actor_rollout_ref.rollout.n=8"],
+        },
+        [
+            Measure("majority right, first 5", mean_of("plugins/ttrl/label_accuracy", 0, 5)),
+            Measure("majority right, last 5", mean_of("plugins/ttrl/label_accuracy", -5)),
+            Measure("rewards right, last 5", mean_of("plugins/ttrl/reward_accuracy", -5)),
+            *ACCURACY,
+        ],
+        steps=40,
+    ),
 }
 
 
@@ -119,6 +170,9 @@ def table(effect: Effect, folders: dict[tuple[str, int], Path]) -> str:
         cells = []
         for measure in effect.measures:
             values = [measure.value(*one) for one in data]
+            if None in values:
+                cells.append("—")
+                continue
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             cells.append(f"{statistics.fmean(values):.3f} ± {spread:.3f}")
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
@@ -134,13 +188,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/effects"))
     options = parser.parse_args()
     effect = EFFECTS[options.effect]
+    common = [*effect.common, *(effect.prepare(options.out / options.effect / "prepared") if effect.prepare else [])]
     runs = {}
     with ThreadPoolExecutor(options.jobs) as pool:
         for number, (variant, arguments) in enumerate(effect.variants.items()):
             for seed in range(1, options.seeds + 1):
                 folder = options.out / options.effect / f"variant{number}-seed{seed}"
                 folder.mkdir(parents=True, exist_ok=True)
-                future = pool.submit(run, folder, [*arguments, *effect.common], effect.steps, seed)
+                future = pool.submit(run, folder, [*arguments, *common], effect.steps, seed)
                 runs[variant, seed] = future
         folders = {key: future.result() for key, future in runs.items()}
     text = table(effect, folders)

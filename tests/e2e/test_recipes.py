@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from pathlib import Path
 
@@ -159,3 +160,100 @@ class TestColocateAsync:
         assert (checkpoint / "transfer_queue").is_dir()
         arrays = load_file(checkpoint / "plugins/arrays.safetensors")
         assert any(name.startswith("driver/vade/") for name in arrays)
+
+
+class TestTtrlAndKlCov:
+    """Recipes ttrl and kl_cov combined, mode sync: twelve votes, four of them trained on, two updates a step."""
+
+    @pytest.fixture(scope="class")
+    def both(self, out: Path) -> Training:
+        folder = out / "ttrl_kl_cov"
+        return train(
+            "ttrl+kl_cov",
+            folder,
+            *SHORT,
+            "trainer.total_training_steps=2",
+            f"trainer.rollout_data_dir={folder / 'rollouts'}",
+            "actor_rollout_ref.rollout.n=4",
+            "actor_rollout_ref.actor.ppo_mini_batch_size=8",
+            "plugins.ttrl.n_votes=12",
+            "plugins.kl_cov.kl_cov_ratio=0.1",
+        )
+
+    def test_trains(self, both: Training) -> None:
+        healthy(both, 2)
+        for step in both.steps:
+            assert ours(step, "grpo")["group_size_min"] == 4
+            assert step["health/groups_off_size"] == 0
+            found = ours(step, "ttrl")
+            assert found["ground_truth_ratio"] == pytest.approx(step["health/accuracy"], abs=1e-6)
+            assert 1 / 12 <= found["majority_ratio"] == pytest.approx(found["mean_reward"], abs=1e-6)
+            assert 0 < found["label_accuracy"] < 1
+            assert found["missing_answer_share"] < 0.05
+
+    def test_agreement_is_rewarded(self, both: Training) -> None:
+        for file in (both.out / "rollouts").glob("*.jsonl"):
+            groups: dict[str, list[dict]] = {}
+            for row in map(json.loads, file.read_text().splitlines()):
+                groups.setdefault(row["uid"].rsplit("_", 2)[0], []).append(row)
+            assert len(groups) == PROMPTS
+            for rows in groups.values():
+                agreeing = {row["output"] for row in rows if row["score"] == 1}
+                assert len(agreeing) <= 1
+                assert agreeing.isdisjoint(row["output"] for row in rows if row["score"] == 0)
+            assert any(row["score"] == 1 and row["output"] != row["gts"] for rows in groups.values() for row in rows)
+
+    def test_kl_cov_penalises_what_has_moved(self, both: Training) -> None:
+        for step in both.steps:
+            found = ours(step, "kl_cov")
+            tokens = step["response_length/mean"] * 4 * PROMPTS / 2
+            assert found["num_selected"] == pytest.approx(0.1 * tokens, abs=1)
+            assert found["selected_cov"] > found["selected_cov_min"] > 0
+            assert found["ratio_max"] > 1
+            assert 0 < found["penalty"] < found["selected_abs_kl"]
+
+
+class TestSiri:
+    """Recipe siri, mode colocate_async: budgets of 1 and 16 tokens in turn, validated after every step."""
+
+    @pytest.fixture(scope="class")
+    def siri(self, out: Path) -> Training:
+        folder = out / "siri"
+        return train(
+            "siri",
+            folder,
+            "trainer.v1.trainer_mode=colocate_async",
+            "trainer.total_training_steps=3",
+            "trainer.val_before_train=false",
+            "trainer.test_freq=1",
+            "data.val_max_samples=16",
+            f"trainer.validation_data_dir={folder / 'validations'}",
+            f"trainer.rollout_data_dir={folder / 'rollouts'}",
+            "plugins.siri.scheduler=stair",
+            "plugins.siri.cycle_length=2",
+            "plugins.siri.min_length=1",
+        )
+
+    def test_the_budget_follows_its_schedule(self, siri: Training) -> None:
+        healthy(siri, 3, on_policy=False)
+        found = [ours(step, "siri") for step in siri.steps]
+        assert [step["max_length"] for step in found] == [1, 16, 1]
+        assert [step["phase"] for step in found] == [0, 1, 0]
+        assert [step["cycle_index"] for step in found] == [0, 0, 1]
+
+    def test_a_response_is_judged_by_the_budget_of_its_draw(self, siri: Training) -> None:
+        for step in siri.steps:
+            drawn = {drawn for _, drawn, trained in siri.draws() if trained == step["step"]}
+            budgets = {1 if number % 2 else 16 for number in drawn}
+            found = ours(step, "siri")
+            assert (found["budget_min"], found["budget_max"]) == (min(budgets), max(budgets))
+            assert step["response_length/max"] <= max(budgets)
+            assert (found["truncated_frac"] > 0.3) == (1 in budgets)
+            assert step["health/truncated"] == pytest.approx(found["truncated_frac"])
+
+    def test_validation_is_not_capped(self, siri: Training) -> None:
+        rows = (siri.out / "validations" / "1.jsonl").read_text().splitlines()
+        texts = [json.loads(row)["output"] for row in rows]
+        assert len(texts) == 16 * 8
+        assert sum(len(text) > 1 for text in texts) > len(texts) / 2
+        assert ours(siri.steps[0], "siri")["budget_max"] == 1

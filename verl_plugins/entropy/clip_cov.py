@@ -97,7 +97,7 @@ class ClipCov(Plugin):
         if self.config.scope != "batch":
             return
         mask = batch.response_mask
-        cov = covariance(batch.advantages, batch.old_log_probs, _floating(mask, batch.old_log_probs))
+        cov = covariance(batch.advantages, batch.old_log_probs, floating(mask, batch.old_log_probs))
         rng = torch.Generator().manual_seed(int(run.rng("choose").integers(2**63)))
         chosen, found = self._choose(cov, mask, None, rng)
         run.log({"num_candidates": found, "num_selected": len(chosen)})
@@ -112,7 +112,7 @@ class ClipCov(Plugin):
         bounded = ratio.clamp_(*_clip_range(tokens.config)).mul_(weight)
         losses, clipped = torch.maximum(unclipped, bounded), bounded > unclipped
 
-        mask = _floating(tokens.response_mask, log_ratio)
+        mask = floating(tokens.response_mask, log_ratio)
         cov = covariance(tokens.advantages, tokens.log_probs, mask)
         if self.config.scope == "batch":
             chosen, found = tokens.extra(CHOSEN).to(mask.device).flatten().nonzero()[:, 0], None
@@ -138,7 +138,8 @@ def _clip_range(config: Any) -> tuple[float, float]:
     return 1 - low, 1 + high
 
 
-def _floating(mask: Tensor, like: Tensor) -> Tensor:
+def floating(mask: Tensor, like: Tensor) -> Tensor:
+    """The bool mask as 0 and 1 of the other's dtype."""
     # Bytes become floats several times as fast as bools do.
     return mask.view(torch.uint8).to(like.dtype)
 

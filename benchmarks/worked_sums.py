@@ -1,0 +1,85 @@
+"""A task whose answers vary in length: sums worked out step by step, each step said over and over.
+
+`3+4+9=` is answered `3 3 3 7 7 16`: the running sums, each repeated a random number of times. The model is the CPU
+preset's, warmed up on a teacher who repeats a lot and errs at times, so that responses are long for no use.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import torch
+
+from verl_plugins.cpu.model import make_model, make_tokenizer
+from verl_plugins.cpu.task import TaskSettings, all_sums, split_sums, write_task
+
+STEPS, BATCH, RATE = 400, 64, 2e-3
+REPEATS, ERRS = 0.6, 0.1
+"""Probability to say a number once more, and to be off by 1 to 3 in a step."""
+LONGEST = 32
+"""Widest response budget in tokens; lessons are cut at 40."""
+
+
+def worked(prompt: str, rng: random.Random) -> str:
+    """The teacher's answer to a prompt."""
+    total, numbers = 0, []
+    for term in map(int, prompt.rstrip("=").split("+")):
+        total = max(total + term + (rng.choice((-3, -2, -1, 1, 2, 3)) if rng.random() < ERRS else 0), 0)
+        numbers.append(str(total))
+        while rng.random() < REPEATS:
+            numbers.append(str(total))
+    return " ".join(numbers)
+
+
+def prepare(folder: Path) -> list[str]:
+    """Make model and data in the folder unless they are there; the overrides that use them."""
+    if not (folder / "model").is_dir():
+        write_task(folder, TaskSettings())
+        tokenizer, model = make_tokenizer(), make_model()
+        warm_up(model, tokenizer)
+        tokenizer.save_pretrained(folder / "unfinished")
+        model.save_pretrained(folder / "unfinished")
+        (folder / "unfinished").rename(folder / "model")
+    files = {
+        "actor_rollout_ref.model.path": "model",
+        "data.train_files": "train.parquet",
+        "data.val_files": "val.parquet",
+    }
+    return [
+        *(f"{key}={folder.absolute() / name}" for key, name in files.items()),
+        f"data.max_response_length={LONGEST}",
+    ]
+
+
+def warm_up(model: torch.nn.Module, tokenizer) -> None:
+    """Next-token prediction of the teacher's answers to prompts that are not held out."""
+    rng = random.Random(0)
+    held_out = set(split_sums(TaskSettings())[1])
+    prompts = [item.prompt for item in all_sums(TaskSettings()) if item not in held_out]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, cycle_momentum=False)
+    torch.set_num_threads(1)
+    for _ in range(STEPS):
+        rows, starts = [], []
+        for prompt in rng.choices(prompts, k=BATCH):
+            start, answer = tokenizer(prompt).input_ids, tokenizer(worked(prompt, rng)).input_ids
+            rows.append([*start, *[*answer, tokenizer.eos_token_id][:40]])
+            starts.append(len(start))
+        length = max(map(len, rows))
+        ids = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows])
+        place = torch.arange(length)
+        targets = ids.masked_fill(place < torch.tensor(starts)[:, None], -100)
+        targets = targets.masked_fill(place >= torch.tensor([len(row) for row in rows])[:, None], -100)
+        logits = model(input_ids=ids, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+if __name__ == "__main__":
+    print("\n".join(prepare(Path(sys.argv[1]))))
