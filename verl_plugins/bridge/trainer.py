@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -26,7 +25,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.debug import marked_timer
 
 from verl_plugins.batch import Batch
-from verl_plugins.bridge import census, checkpoint
+from verl_plugins.bridge import census
 from verl_plugins.bridge.actor import PluginActorWorker
 from verl_plugins.bridge.defaults import DriverDefaults
 from verl_plugins.bridge.drawing import DrawsPrompts
@@ -35,6 +34,7 @@ from verl_plugins.bridge.queue import QueueSource, is_padding, write_fields
 from verl_plugins.bridge.rollout import METRICS_FIELD
 from verl_plugins.bridge.rows import MAX_TOKENS, ROLLOUT_N
 from verl_plugins.bridge.run import DriverRun
+from verl_plugins.bridge.saving import SavesState
 from verl_plugins.cpu.registration import ROLLOUT_NAME
 from verl_plugins.diagnostics.health import Watch, group_health, policy_health, reward_parts, signal_health
 from verl_plugins.errors import DataError
@@ -50,7 +50,7 @@ HEALTH_FIELDS = ("responses", "verdict", "rollout_log_probs", "extra_fields", RO
 """What verl's engine and loss read, and the metrics of every step; columns that do not exist in a run are left out."""
 
 
-class Stages(DrawsPrompts):
+class Stages(DrawsPrompts, SavesState):
     """The stages, mixed into one of verl's trainers."""
 
     def __init__(self, config: Any) -> None:
@@ -70,7 +70,6 @@ class Stages(DrawsPrompts):
         self._shipped: set[str] = set()
         self._awake = self._stopped = False
         self.timing_raw: dict[str, float] = {}
-        self._saved_step = 0
         super().__init__(config)
 
     # Setting up
@@ -85,12 +84,6 @@ class Stages(DrawsPrompts):
         for role in (Role.Actor, Role.ActorRollout, Role.ActorRolloutRef):
             if role in self.role_worker_mapping:
                 self.role_worker_mapping[role] = ray.remote(PluginActorWorker)
-
-    def _load_checkpoint(self) -> None:
-        self.actor_rollout_wg.set_plugins(OmegaConf.to_container(self.config.plugins), self.seed)
-        super()._load_checkpoint()
-        if self.global_steps > 0:
-            self._load_plugin_state()
 
     @property
     def data_parallel_size(self) -> int:
@@ -362,34 +355,6 @@ class Stages(DrawsPrompts):
             if interrupted:
                 self.checkpoint_manager.abort_replicas()
             self.checkpoint_manager.sleep_replicas()
-
-    # State
-
-    def _save_checkpoint(self) -> None:
-        """Plugin state first: verl writes its "latest" marker at the end of its own saving."""
-        folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
-        states = {
-            "driver": {plugin.name: plugin.state_dict() for plugin in self.plugins},
-            "actor": self.actor_rollout_wg.plugin_state()[0],
-        }
-        checkpoint.save(folder, self.global_steps, self.rows.fingerprint, self.plugins, states)
-        with patch.object(trainer_base, "open", checkpoint.open_whole, create=True):
-            super()._save_checkpoint()  # its marker, else empty for a moment, appears in one piece
-        self._saved_step = self.global_steps
-
-    def _load_plugin_state(self) -> None:
-        folder = self._checkpoint_folder()
-        states = checkpoint.load(folder, self.global_steps, self.rows.fingerprint, self.plugins)
-        for plugin in self.plugins:
-            if plugin.name in states["driver"]:
-                plugin.load_state_dict(states["driver"][plugin.name])
-        self.actor_rollout_wg.load_plugin_state(states["actor"])
-
-    def _checkpoint_folder(self) -> Path:
-        trainer = self.config.trainer
-        if trainer.resume_mode == "resume_path":
-            return Path(trainer.resume_from_path)
-        return Path(trainer.default_local_dir) / f"global_step_{self.global_steps}"
 
 
 def _row_order(key: str) -> tuple[str, int, int]:
