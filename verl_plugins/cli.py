@@ -124,6 +124,20 @@ def demo(out: Out = None) -> None:
     _start(DEMO, out=out or _folder("demo"))
 
 
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="Of the plugin, its recipe and its package, as in my_method.")],
+    stage: Annotated[str, typer.Option(help="estimate_advantage or policy_loss.")] = "estimate_advantage",
+    folder: Annotated[Path, typer.Option("--dir", help="Where the package is written.")] = Path("."),
+) -> None:
+    """Write a package of your own, one plugin and one recipe: it trains and passes its tests as it is."""
+    from verl_plugins.scaffold import create
+
+    for file in create(name, stage, folder):
+        typer.echo(file)
+    typer.echo(f"\npip install -e {folder / name}\nverl-plugins run {name} --preset cpu")
+
+
 def _start(target: str, *args: Any, **options: Any) -> None:
     """Import `module:function`, call it, and exit with the code it returns."""
     from importlib import import_module

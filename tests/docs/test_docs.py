@@ -5,15 +5,19 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from packages import EXAMPLE
 
 import verl_plugins
-from verl_plugins import hookspecs, manifest, recipe
+from verl_plugins import hookspecs, manifest, recipe, testing
 from verl_plugins.services import Run
+from verl_plugins.testing import check
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -61,8 +65,8 @@ def test_included_files_are_up_to_date(page):
 @pytest.mark.parametrize("page", ["README.md", "docs/plugins.md"])
 def test_the_example_is_included(page):
     text = (ROOT / page).read_text()
-    for file in ("rank_advantage/method.py", "pyproject.toml"):
-        assert f"<!-- examples/rank_advantage/{file} -->" in text
+    for file in ("src/rank_advantage/method.py", "pyproject.toml"):
+        assert f"<!-- examples/third_party_plugin/{file} -->" in text
 
 
 def test_every_recipe_has_a_page_and_every_page_a_recipe():
@@ -119,6 +123,21 @@ def test_pages_keep_the_papers_figures_apart_from_measurements(name):
     assert headings.index("Measured here") == headings.index("What the paper reports") + 1
 
 
+def test_the_code_about_checking_a_plugin_runs(site, tmp_path):
+    shutil.copytree(EXAMPLE / "src" / "rank_advantage", site.path / "rank_advantage")
+    from rank_advantage.method import RankAdvantage, centred_ranks
+
+    text = section((ROOT / "docs" / "plugins.md").read_text(), "Check your plugin")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {name: getattr(verl_plugins, name) for name in ("Batch", "Groups")}
+    names |= {"RankAdvantage": RankAdvantage, "centred_ranks": centred_ranks, "torch": torch, "pytest": pytest}
+    for block in blocks[2:]:
+        exec(block, names)
+    golden = tmp_path / "golden.json"
+    golden.write_text(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1])
+    testing.check_plugin(RankAdvantage, golden=golden, replay=names["replay"])
+
+
 @each_page
 def test_relative_links_exist(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
@@ -134,9 +153,16 @@ def test_relative_links_exist(page):
             }
 
 
-def test_public_names_are_listed():
+@pytest.mark.parametrize("module", [verl_plugins, testing], ids=["verl_plugins", "testing"])
+def test_public_names_are_listed(module):
     listed = set(re.findall(r"`([\w.]+)`", (ROOT / "docs" / "api.md").read_text()))
-    assert set(verl_plugins.__all__) <= listed
+    assert set(module.__all__) <= listed
+
+
+def test_laws_are_listed():
+    table = section((ROOT / "docs" / "plugins.md").read_text(), "Check your plugin")
+    rows = "".join(re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE))
+    assert set(re.findall(r"`(\w+)`", rows)) == {*check.CLASS_LAWS, *check.CALL_LAWS, *check.VARIANTS}
 
 
 def test_members_of_run_are_listed():
@@ -148,7 +174,7 @@ def test_members_of_run_are_listed():
 
 def test_commands_in_the_docs_name_installed_recipes_and_presets():
     presets = {preset.name for preset in recipe.presets(manifest.folders(OURS))}
-    known = RECIPES.keys() | {"rank_advantage", "RECIPE[+RECIPE…]"}
+    known = RECIPES.keys() | {"rank_advantage", "my_method", "RECIPE[+RECIPE…]"}
     for page in PAGES:
         for line in re.findall(r"verl-plugins run (.+)", page.read_text()):
             words = line.split()

@@ -12,7 +12,7 @@ from torch import Tensor
 from verl_plugins import Batch, Groups, Plugin, Run, hookimpl, setting
 
 
-def rank_advantage(scores: Tensor, groups: Groups, bound: float) -> Tensor:
+def centred_ranks(scores: Tensor, groups: Groups, bound: float) -> Tensor:
     """Scores [rows] -> advantage [rows]."""
     others = (groups.count() - 1).clamp(min=1)
     centred = 2 * groups.rank(scores) - (groups.count() - 1)
@@ -30,6 +30,6 @@ class RankAdvantage(Plugin):
 
     @hookimpl
     def estimate_advantage(self, run: Run, batch: Batch) -> Tensor:
-        advantage = rank_advantage(batch.scores, batch.groups, self.config.bound)
+        advantage = centred_ranks(batch.scores, batch.groups, self.config.bound)
         run.log({"zero_advantage_rows": float((advantage == 0).float().mean())})
         return batch.to_tokens(advantage)
