@@ -140,9 +140,11 @@ class TestVote:
         asked = []
         votes, labels = np.array([0, 1, 1, 2, 3, 1]), np.array([0, 0, 0, 0, 0, NO_VOTE])
         texts = np.array(["a", "b", "c", ""], dtype=object)
-        same = agreement(votes, labels, texts, lambda one, other: asked.append((one, other)) or one == "b")
+        same = agreement(
+            votes, labels, texts, lambda pairs: asked.extend(pairs.tolist()) or [one == "b" for one, _ in pairs]
+        )
         assert same.tolist() == [True, True, True, False, False, False]
-        assert asked == [("b", "a"), ("c", "a")]
+        assert asked == [["b", "a"], ["c", "a"]]
 
     def test_several_outputs_count_once_by_the_last(self):
         batch = sampled([["9", "9", "9", "1", "1"]], session=[0, 0, 0, 1, 2], turn=[0, 1, 2, 0, 0])

@@ -17,6 +17,7 @@ The authors' code instead counts "" as an answer, and if that wins pays every re
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,8 @@ from verl_plugins import Batch, CompositionError, Plugin, Prompts, Run, hookimpl
 from verl_plugins.reward.math_verify import Comparer
 
 NO_VOTE = -1
+COMPARERS = 4
+"""Processes that compare answers with the label."""
 
 
 def majority(votes: np.ndarray, group: np.ndarray, order: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
@@ -54,7 +57,7 @@ def majority(votes: np.ndarray, group: np.ndarray, order: np.ndarray, groups: in
 
 
 def agreement(
-    votes: np.ndarray, labels: np.ndarray, answers: np.ndarray, equal: Callable[[str, str], bool] | None = None
+    votes: np.ndarray, labels: np.ndarray, answers: np.ndarray, equal: Callable[[np.ndarray], list[bool]] | None = None
 ) -> np.ndarray:
     """Rows [B] -> [B] bool: whether the row's answer is its group's label, or `equal` to it.
 
@@ -62,15 +65,15 @@ def agreement(
         votes: number of each row's answer; NO_VOTE for none, which equals nothing.
         labels: number of the label of each row's group; NO_VOTE for none.
         answers: the text of each number; "" is only equal to itself.
-        equal: asked once for each pair of different texts.
+        equal: says of pairs of different texts [pairs,2], each asked once, whether they are equal.
     """
     same = (votes == labels) & (votes != NO_VOTE)
     if equal is None:
         return same
     differ = np.flatnonzero(~same & (votes != NO_VOTE) & (labels != NO_VOTE))
+    differ = differ[(answers[votes[differ]] != "") & (answers[labels[differ]] != "")]
     pairs, place = np.unique(np.stack([votes[differ], labels[differ]], 1), axis=0, return_inverse=True)
-    verdicts = [bool(one and other) and equal(one, other) for one, other in answers[pairs]]
-    same[differ] = np.array(verdicts, dtype=bool)[place.ravel()]
+    same[differ] = np.array(equal(answers[pairs]), dtype=bool)[place.ravel()]
     return same
 
 
@@ -93,7 +96,7 @@ class Ttrl(Plugin):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self._comparer = Comparer() if config.grader == "math" else None
+        self._comparer = Comparer(COMPARERS) if config.grader == "math" else None
 
     def check(self, config: DictConfig) -> None:
         trained = config.actor_rollout_ref.rollout.n
@@ -153,8 +156,9 @@ class Ttrl(Plugin):
         run.log({"no_majority_in_train_share": float((~agrees[one_each]).float().mean())})
         batch.drop(~kept)
 
-    def _equal(self, one: str, other: str) -> bool:
-        return self._comparer.compare(one, other).correct
+    def _equal(self, pairs: np.ndarray) -> list[bool]:
+        with ThreadPoolExecutor(COMPARERS) as threads:
+            return [found.correct for found in threads.map(self._comparer.compare, *pairs.T)]
 
     def answers(self, batch: Batch) -> np.ndarray:
         """[B] each response's answer as text, "" where there is none."""
