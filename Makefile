@@ -30,6 +30,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/estimator.py
 	$(BIN)/python benchmarks/clip_cov.py
 	$(BIN)/python benchmarks/vade.py
+	$(BIN)/python benchmarks/verifier.py
 
 # torch comes first, at the pin of the extra `cpu`: otherwise verl's requirements choose it.
 $(INSTALLED): pyproject.toml Makefile

@@ -29,11 +29,6 @@ WHOLE_NUMBER = re.compile("0|-?[1-9][0-9]*")
 """Written in the one usual way: two of them are equal only if they are the same string."""
 
 
-def is_equal(answer: str, truth: str) -> bool:
-    """Whether the last expression in `answer` equals `truth`: in this process, without a deadline; see `Comparer`."""
-    return verifier.judge(answer, truth)["correct"]
-
-
 class Comparison(NamedTuple):
     """What is known of an answer."""
 
