@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ import pytest
 import torch
 
 from verl_plugins import CompositionError, DataError, Plugin, Verdict, hookimpl, setting
+from verl_plugins.hookspecs import STAGES
+from verl_plugins.needs import NEEDS
 from verl_plugins.testing import PluginCheckError, Scenario, check_plugin
 from verl_plugins.testing.record import generator_states
 
@@ -26,9 +29,7 @@ class Sound(Plugin):
     """Takes part in every stage, keeps state in two processes, draws random numbers, reads every field."""
 
     name = "sound"
-    needs = frozenset(
-        {"entropy", "current_entropy", "old_log_probs", "prompt_log_probs", "rollout_log_probs", "ref_log_probs"}
-    )
+    needs = frozenset(NEEDS)
 
     @dataclass
     class Config:
@@ -97,7 +98,9 @@ class Sound(Plugin):
     @hookimpl
     def loss_terms(self, tokens):
         gap = tokens.log_probs - tokens.extra("ref_log_prob")
-        return {"pull": gap**2, "entropy": -1e-3 * tokens.entropy * tokens.extra("entropy")}
+        prompts = torch.tensor([float(uid.split("-")[0]) if uid[0] != "p" else 0.0 for uid in tokens.extra("uid")])
+        weight = (1 + tokens.extra("verdict") + 0.01 * prompts)[:, None] + tokens.extra("rm_scores")
+        return {"pull": weight * gap**2, "entropy": -1e-3 * tokens.entropy * tokens.extra("entropy")}
 
     @hookimpl(wrapper=True)
     def optimizer_step(self, actor):
@@ -132,6 +135,25 @@ class Sound(Plugin):
 )
 def test_a_sound_plugin_passes(scenario: Scenario) -> None:
     check_plugin(Sound, config={"scale": 0.5}, scenario=scenario)
+
+
+def test_what_runs_in_a_real_training_runs_here(tmp_path, monkeypatch) -> None:
+    """The plugin of the end-to-end tests reads and writes everything that training offers, in every stage."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "e2e"))
+    from every_stage import EveryStage
+
+    check_plugin(
+        EveryStage,
+        config={"folder": str(tmp_path)},
+        scenario=Scenario(group_size=8, columns={"data_source": lambda prompt_id: "verl_plugins/arithmetic"}),
+        except_for={
+            "result.select_prompts": "it draws from all prompts, whatever is in flight",
+            "row_order.select_rows": "it numbers the rows",
+            "padding.policy_loss": "it takes a maximum over tokens where there are none",
+        },
+    )
+    stages = {json.loads(line)["stage"] for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines()}
+    assert stages == set(STAGES)
 
 
 def test_settings_and_columns_reach_the_plugin() -> None:

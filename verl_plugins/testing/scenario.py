@@ -165,7 +165,8 @@ class Table:
             return [*column, *[column[0]] * count]
 
         names = [*self.keys, *[f"pad{row}_0_0" for row in range(count)]]
-        return Table(names, {name: longer(column) for name, column in self.columns.items()})
+        columns = {name: longer(column) for name, column in self.columns.items()}
+        return Table(names, columns | {"uid": _uids(names)})
 
     def disturbed(self, names: Sequence[str]) -> Table:
         """Other values of float columns at tokens of the response that the policy did not generate."""
@@ -258,6 +259,7 @@ class World:
         for row, rollout in zip(rewards, rollouts, strict=True):
             row[-1] = rollout.score
         columns = {
+            "uid": _uids(keys),
             "responses": _pad(ids),
             "response_mask": _pad([torch.tensor(rollout.outputs["mask"]) for rollout in rollouts]),
             "response_lengths": torch.tensor([len(row) for row in ids]),
@@ -290,6 +292,10 @@ class World:
             for name, value in values.items():
                 found.setdefault(name, []).append(torch.tensor(value, dtype=torch.float32))
         return {name: _pad(rows) for name, rows in found.items()}
+
+
+def _uids(keys: Sequence[str]) -> list[str]:
+    return [key.rsplit("_", 2)[0] for key in keys]
 
 
 def _pad(rows: Sequence[Tensor]) -> Tensor:
