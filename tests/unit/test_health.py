@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from verl_plugins import Batch
-from verl_plugins.diagnostics.health import PATIENCE, Watch, group_health, policy_health, signal_health
+from verl_plugins.diagnostics.health import PATIENCE, Watch, group_health, policy_health, reward_parts, signal_health
 
 EOS = 7
 
@@ -109,6 +109,27 @@ class TestPolicy:
 
     def test_what_was_not_computed_is_left_out(self) -> None:
         assert policy_health(make_batch([[0, 1]])) == {}
+
+
+class TestRewardParts:
+    def test_numeric_parts_are_averaged_over_the_responses_that_have_them(self) -> None:
+        infos = [
+            {"acc": True, "answer": "5", "verifier_error": 0.0},
+            {"acc": False, "answer": "", "verifier_error": 1.0, "format": 0.5},
+            {"acc": False, "answer": "7", "verifier_error": 0.0},
+            {},
+        ]
+        batch = make_batch([[1, 0], [0, 0]], extra_fields=[{"reward_extra_info": info} for info in infos])
+        assert reward_parts(batch) == {
+            "reward/acc": pytest.approx(1 / 3),
+            "reward/verifier_error": pytest.approx(1 / 3),
+            "reward/format": 0.5,
+        }
+
+    def test_a_session_counts_once_by_its_last_output(self) -> None:
+        fields = [{"reward_extra_info": {"acc": value}} for value in (0.0, 1.0)]
+        batch = make_batch([[0, 1]], extra_fields=fields, session=torch.tensor([0, 0]), turn=torch.tensor([0, 1]))
+        assert reward_parts(batch) == {"reward/acc": 1.0}
 
 
 class TestWatch:

@@ -80,8 +80,8 @@ def reward_parts(batch: Batch) -> dict[str, float]:
     """The mean of each numeric part of the reward, over the responses whose reward has it."""
     last = batch.is_last.nonzero()[:, 0].tolist()
     fields = batch.extra("extra_fields")
-    parts = pd.DataFrame([fields[row].get("reward_extra_info", {}) for row in last])
-    means = parts.select_dtypes(["number", "bool"]).mean()
+    parts = pd.DataFrame([fields[row].get("reward_extra_info", {}) for row in last]).convert_dtypes()
+    means = parts.select_dtypes(["number", "boolean"]).mean()
     return {f"reward/{name}": float(mean) for name, mean in means.items()}
 
 
