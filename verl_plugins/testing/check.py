@@ -4,7 +4,7 @@ About the class:
     config        every setting has a type and an explanation, defaults and authors' values are accepted
     name          the class is called as its entry point, and says in its docstring what it does
     needs         names fields verl can be asked for
-    hooks         stages exist, their arguments too
+    hooks         stages and their arguments exist, versions of API and verl fit
     check         accepts the configuration of the scenario
 About each stage (the law is then called `law.stage`, as in `row_order.select_rows`):
     runs          on ordinary data, without an error
