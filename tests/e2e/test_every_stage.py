@@ -53,19 +53,20 @@ class Observed:
         )
 
 
-@pytest.fixture(scope="module")
-def run(third_party: Path, out: Path) -> Observed:
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cpu-vllm", marks=pytest.mark.vllm)])
+def run(third_party: Path, out: Path, request: pytest.FixtureRequest) -> Observed:
     """Asked for five steps; the plugin stops after the second."""
-    folder = out / "records"
+    folder = out / f"records_{request.param}"
     folder.mkdir()
     training = train(
         "every_stage",
-        out / "every_stage",
+        out / f"every_stage_{request.param}",
         *SHORT,
         f"plugins.every_stage.folder={folder}",
         "trainer.total_training_steps=5",
         "trainer.save_freq=1",
         "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]",
+        preset=request.param,
         site=third_party,
     )
     return Observed(training, folder)

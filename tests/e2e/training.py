@@ -59,17 +59,19 @@ class Training:
         return sorted(found)
 
 
-def command(recipe: str, out: Path, *overrides: str) -> list[str]:
-    """`verl-plugins run RECIPE --preset cpu` as an argument list."""
-    return [str(COMMAND), "run", recipe, "--preset", "cpu", "--out", str(out), *overrides]
+def command(recipe: str, out: Path, *overrides: str, preset: str = "cpu") -> list[str]:
+    """`verl-plugins run RECIPE --preset PRESET` as an argument list."""
+    return [str(COMMAND), "run", recipe, "--preset", preset, "--out", str(out), *overrides]
 
 
-def train(recipe: str, out: Path, *overrides: str, site: Path | None = None, check: bool = True) -> Training:
+def train(
+    recipe: str, out: Path, *overrides: str, preset: str = "cpu", site: Path | None = None, check: bool = True
+) -> Training:
     """Run it to its end; `site` is a folder to put on the import path of all its processes."""
     paths = [str(site)] if site else []
     paths += filter(None, [os.environ.get("PYTHONPATH")])
     done = subprocess.run(
-        command(recipe, out, *overrides),
+        command(recipe, out, *overrides, preset=preset),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

