@@ -1,4 +1,4 @@
-"""The command `verl-plugins`: list, show, run, demo. What a command needs is imported when it runs."""
+"""The command `verl-plugins`: each sub-command imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -122,6 +122,23 @@ def run(
 def demo(out: Out = None) -> None:
     """Train a tiny model on this machine's CPU and show what happened."""
     _start(DEMO, out=out or _folder("demo"))
+
+
+@app.command()
+def doctor(
+    ray: Annotated[bool, typer.Option("--ray", help="Start a worker of each kind on each node and compare.")] = False,
+    address: Annotated[Optional[str], typer.Option(help="With --ray: a running cluster.")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> None:
+    """What works on this machine, and the command that mends what does not."""
+    from verl_plugins.doctor import BROKEN, examine, plain, print_report
+
+    findings = examine(ray, address)
+    if as_json:
+        listed = [plain(finding) for finding in findings]
+        _print_json(listed)
+        sys.exit(int(any(one["state"] == BROKEN for one in listed)))
+    sys.exit(print_report(findings))
 
 
 @app.command()
