@@ -60,7 +60,7 @@ class KlCov(Plugin):
         bypass = OmegaConf.select(config, "algorithm.rollout_correction.bypass_mode")
         if prompts <= actor.ppo_mini_batch_size and actor.ppo_epochs == 1 and not bypass:
             logging.getLogger(__name__).warning(
-                "the penalty of plugins.kl_cov has no effect with one update per batch, as the policy has not moved yet "
+                "the penalty of plugins.kl_cov has no effect with one update per batch: the policy has not moved yet "
                 f"(data.train_batch_size={prompts}, actor_rollout_ref.actor.ppo_mini_batch_size="
                 f"{actor.ppo_mini_batch_size}, ppo_epochs=1); set a smaller ppo_mini_batch_size"
             )
