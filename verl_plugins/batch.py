@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -29,6 +29,9 @@ class Source(Protocol):
     def fetch(self, name: str) -> Any:
         """Field `name`: a tensor [B,…] or a list [B]; KeyError when there is no such field."""
 
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Make ready what `fetch` will be asked for."""
+
 
 class TensorSource:
     """Fields held in memory."""
@@ -39,6 +42,9 @@ class TensorSource:
 
     def fetch(self, name: str) -> Any:
         return self.fields[name]
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Nothing to do."""
 
 
 class Batch:
@@ -143,6 +149,10 @@ class Batch:
             except KeyError:
                 raise DataError(f"field {name!r} is not in the batch; a plugin that reads it declares needs") from None
         return self._fields[name]
+
+    def prefetch(self, *names: str) -> None:
+        """Fetch fields that will be read, in one message to the queue; they must exist."""
+        self._source.prefetch([name for name in names if name not in self._fields])
 
     @cached_property
     def response_mask(self) -> Tensor:

@@ -120,6 +120,12 @@ class Groups:
         found[rows[np.unique(self._codes[rows], return_index=True)[1]]] = True
         return found
 
+    def per_group(self, values: Tensor) -> Tensor:
+        """[G] in the order of `labels`, from values [B] that are the same over each group, as statistics are."""
+        found = np.empty(len(self), dtype=values.numpy().dtype)
+        found[self._codes] = values.numpy()
+        return torch.from_numpy(found)
+
     # Below, values are float64 arrays: [counted rows], or [G] once reduced.
 
     def _array(self, values: Tensor) -> np.ndarray:
