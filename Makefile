@@ -1,19 +1,22 @@
 # make demo   train a tiny model on this CPU and show what happened
 # make test   lint and the whole test suite
+# make test-vllm  the tests of the preset cpu-vllm, in an environment of their own
 # make docs   build the documentation into site/
 # make bench  time the methods against verl's functions and a copy of the data
-# make clean  remove the environment and everything built
+# make clean  remove the environments and everything built
 
 PYTHON ?= python3
 TORCH := torch==2.13.0
 VENV := .venv
+VLLM_VENV := .venv-vllm
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+VLLM_INSTALLED := $(VLLM_VENV)/.installed
 DOCS_INSTALLED := $(VENV)/.installed-docs
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test docs bench clean
+.PHONY: demo test test-vllm docs bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/verl-plugins demo
@@ -22,6 +25,9 @@ test: $(INSTALLED) $(DOCS_INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+test-vllm: $(VLLM_INSTALLED)
+	$(VLLM_VENV)/bin/python -m pytest -m vllm
 
 docs: $(DOCS_INSTALLED)
 	$(BIN)/mkdocs build --strict
@@ -32,13 +38,23 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/vade.py
 	$(BIN)/python benchmarks/verifier.py
 
-# torch comes first, at the pin of the extra `cpu`: otherwise verl's requirements choose it.
+# $(call environment,FOLDER,EXTRA). torch comes first, at the pin of both extras: otherwise verl's requirements choose it.
+define environment
+@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 10) <= v <= (3, 12) and f"Python 3.10 to 3.12 is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.11 …")'
+test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+$(1)/bin/python -m pip install --quiet --upgrade pip
+$(1)/bin/python -m pip install --quiet $(TORCH)
+$(1)/bin/python -m pip install --quiet -e '.[$(2),dev]'
+endef
+
 $(INSTALLED): pyproject.toml Makefile
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 10) <= v <= (3, 12) and f"Python 3.10 to 3.12 is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.11 …")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet -e '.[cpu,dev]'
+	$(call environment,$(VENV),cpu)
+	@touch $@
+
+# Builds for GPUs of what vLLM brings along keep transformers from being imported; text models need none of the three.
+$(VLLM_INSTALLED): pyproject.toml Makefile
+	$(call environment,$(VLLM_VENV),cpu-vllm)
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 $(DOCS_INSTALLED): $(INSTALLED)
@@ -46,5 +62,5 @@ $(DOCS_INSTALLED): $(INSTALLED)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build dist site .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -39,7 +39,11 @@ class Agreement(Plugin):
     def generated(self, run) -> dict[str, float]:
         """Asked twice with the same seeds; and the log-probs reported with the answers against the actor's."""
         questions = [question for question in self.questions[:4] for _ in range(4)]
-        first, again = [sum(run.generate(self.questions[:4], n=4), []) for _ in range(2)]
+        seeds = run.rng("generate").bit_generator  # run.generate draws its seeds from this one
+        state = seeds.state
+        first = sum(run.generate(self.questions[:4], n=4), [])
+        seeds.state = state
+        again = sum(run.generate(self.questions[:4], n=4), [])
         answers = [answer.token_ids for answer in first]
         repeated = [one == other.token_ids for one, other in zip(answers, again, strict=True)]
         reported = torch.cat([torch.tensor(answer.log_probs) for answer in first])

