@@ -47,6 +47,11 @@ class TestGroups:
         assert found["health/groups_off_size"] == 0
         assert found["health/generated_tokens"] == 16
 
+    def test_length_by_verdict(self) -> None:
+        found = group_health(make_batch([[1, 1], [0, 1]], response_lengths=torch.tensor([1, 2, 3, 3])))
+        assert (found["health/length_right"], found["health/length_wrong"]) == (2, 3)
+        assert "health/length_wrong" not in group_health(make_batch([[1, 1]]))
+
     def test_groups_of_another_size(self) -> None:
         batch = make_batch([[1, 1], [0], [0, 1], [0, 1]])
         assert group_health(batch)["health/groups_off_size"] == 0.25

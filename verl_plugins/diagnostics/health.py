@@ -23,12 +23,17 @@ MOST_TRUNCATED, FEW_GROUPS = 0.9, 0.05
 
 
 def group_health(batch: Batch) -> dict[str, float]:
-    """Accuracy, and shares of groups: mixed, all right, all wrong, of another size than was asked."""
+    """Accuracy, shares of groups (mixed, all right, all wrong, of another size than was asked), length by verdict."""
     groups, correct = batch.groups, batch.correct
     one_per_group = groups.first(batch.is_last)
     right, wrong = groups.all(correct)[one_per_group], groups.all(~correct)[one_per_group]
     off_size = (groups.count() != torch.as_tensor(batch.extra("__rollout_n__")))[one_per_group]
-    return {
+    lengths = {
+        f"health/length_{which}": float(batch.lengths[rows].float().mean())
+        for which, rows in (("right", correct & batch.is_last), ("wrong", ~correct & batch.is_last))
+        if rows.any()
+    }
+    return lengths | {
         "health/accuracy": _share(correct[batch.is_last]),
         "health/mixed_groups": _share(~right & ~wrong),
         "health/all_right_groups": _share(right),
