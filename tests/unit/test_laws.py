@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from verl_plugins import manifest
-from verl_plugins.testing import check_plugin
+from verl_plugins.testing import Scenario, check_plugin
 
 OURS = sorted(
     entry.name
@@ -21,11 +21,25 @@ FIRST = {"row_order.select_rows": "of several responses at the median the first 
 TIES = "where all advantages are equal so are the covariances, and any of the tokens may be the largest"
 BY_CHANCE = "as in the authors' code, candidates are numbered in row order and drawn by number"
 PER_CALL = "as in the authors' code, means, counts and draws are per micro-batch; scope: batch does without"
+TRUST_REGION = "as in the authors' code, the drift that is penalised is the mean of the micro-batch"
+SUMS_PER_ROW = Scenario(overrides={"actor_rollout_ref.actor.loss_agg_mode": "seq-mean-token-sum"})
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "grpo": [{"config": {"scale": "none"}}],
     "mc_grpo": [
         {"except_for": FIRST},
         {"except_for": FIRST, "config": {"scale": "std", "rescale_nonzero": True, "advantage_clip": 2.0}},
+    ],
+    "bnpo": [{}, {"config": {"components": ["acc", "score"]}}],
+    "a_grae": [{}, {"config": {"variant": "code", "scale": "none"}}, {"config": {"correctness_key": "acc"}}],
+    "adora": [
+        {},
+        {"config": {"variant": "vlm", "correct_score": 0.5, "max_length_threshold": 8}},
+        {"config": {"variant": "paper_llm"}},
+    ],
+    "riskpo": [
+        {"config": {"bundle_size": 2}},
+        {"config": {"quantiles": "batch", "credit": "std", "natural_baseline_adv": True}},
+        {"config": {"quantiles": "mix", "mean_baseline": True, "credit": "score"}},
     ],
     "vade": [{}, {"config": {"mode": "greedy", "score": "variance"}}, {"config": {"metric": "acc"}}],
     "clip_cov": [
@@ -48,6 +62,21 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
             },
         },
         {"config": {"kl_cov_ratio": 0.1, "scope": "batch"}},
+    ],
+    "progrpo": [{}, {"config": {"prompt_scope": "low", "skip_all_correct": True}}],
+    "copo": [{}, {"config": {"form": "two_losses", "gate": "soft", "reward_coefficient": True}}],
+    "drpo": [
+        {"scenario": SUMS_PER_ROW, "except_for": {"micro_batches.policy_loss": TRUST_REGION}},
+        {"scenario": SUMS_PER_ROW, "config": {"beta": 0.0}},
+        {"scenario": SUMS_PER_ROW, "config": {"beta": 0.0, "negatives": "old"}},
+        {
+            "scenario": SUMS_PER_ROW,
+            "config": {"beta": 0.0, "negatives": "exact"},
+            "except_for": {
+                "row_order.estimate_advantage": "groups are numbered as they come",
+                "micro_batches.policy_loss": "negatives: exact sums over the rows in the micro-batch; current does not",
+            },
+        },
     ],
 }
 """What `check_plugin` is called with; a plugin without an entry: nothing."""
