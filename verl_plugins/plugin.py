@@ -65,7 +65,7 @@ class Plugin:
         """
 
     def start_scoring(self) -> None:
-        """Called once in each reward worker, before answers come: start here what `score_answer` takes long to start."""
+        """Called once in each reward worker before answers come: start here what `score_answer` needs."""
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart: tensors, numpy arrays, and JSON scalars, lists and dicts."""
