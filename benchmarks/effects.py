@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -22,8 +23,11 @@ from pathlib import Path
 import worked_sums
 
 from verl_plugins.cpu.demo import read_metrics, validation_accuracy
+from verl_plugins.cpu.task import TaskSettings
 
 Steps = Sequence[dict]
+SUM = re.compile(r"\b\d(\+\d)+=")
+"""A prompt of the CPU task."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,33 @@ def held_out(index: int) -> Callable:
     return lambda _, validations: validation_accuracy(validations[index][1])
 
 
+def level_accuracy(level: int, index: int = -1) -> Callable:
+    """Accuracy of sampled answers to held-out prompts of one level of the CPU task: first or last validation."""
+    return lambda _, validations: validations[index][1].get(f"accuracy/level {level}")
+
+
+def step_variance(key: str) -> Callable:
+    """Variance of a metric over the steps of a run."""
+    return lambda steps, _: statistics.pvariance(step[key] for step in steps)
+
+
+def advantage_variance(steps: Steps, _: Sequence[tuple[int, dict]]) -> float:
+    """Mean over steps of the variance of the advantages, by formula for grpo: (n-1)/n of the rows that have one."""
+    if "plugins/bnpo/advantage_var" in steps[0]:
+        return statistics.fmean(step["plugins/bnpo/advantage_var"] for step in steps)
+    return statistics.fmean(
+        (1 - 1 / step["plugins/grpo/group_size_min"]) * (1 - step["plugins/grpo/zero_advantage_rows"]) for step in steps
+    )
+
+
+def reweighted(steps: Steps, _: Sequence[tuple[int, dict]]) -> float | None:
+    """Share of groups whose weight ADORA changed: the advantageous ones where these are scaled up, else the others."""
+    if "plugins/adora/frac_tas" not in steps[0]:
+        return None
+    changed = "tas" if max(step["plugins/adora/weight_mean"] for step in steps) > 1 else "tds"
+    return statistics.fmean(step[f"plugins/adora/frac_{changed}"] for step in steps)
+
+
 ACCURACY = [Measure("held-out before", held_out(0)), Measure("held-out after", held_out(-1))]
 EFFECTS = {
     "vade": Effect(
@@ -96,6 +127,55 @@ EFFECTS = {
             *ACCURACY,
         ],
         common=("actor_rollout_ref.rollout.n=3",),
+    ),
+    "bnpo": Effect(
+        {
+            "grpo": ["grpo"],
+            "bnpo, grpo's loss": [
+                "bnpo",
+                "actor_rollout_ref.actor.loss_agg_mode=token-mean",
+                "actor_rollout_ref.actor.clip_ratio_high=0.2",
+                "actor_rollout_ref.actor.clip_ratio_c=3.0",
+            ],
+            "bnpo (authors' settings)": ["bnpo"],
+        },
+        [
+            Measure("variance of advantages", advantage_variance),
+            Measure("variance of gradient norm", step_variance("actor/grad_norm")),
+            *ACCURACY,
+        ],
+    ),
+    "a_grae": Effect(
+        {"grpo": ["grpo"], "a_grae": ["a_grae"]},
+        [
+            Measure("omega, first 5", mean_of("health/accuracy", 0, 5)),
+            Measure("omega, last 5", mean_of("health/accuracy", -5)),
+            Measure("positive share, first 5", mean_of("plugins/a_grae/positive_share", 0, 5)),
+            Measure("positive share, last 5", mean_of("plugins/a_grae/positive_share", -5)),
+            *ACCURACY,
+        ],
+    ),
+    "adora": Effect(
+        {"grpo": ["grpo"], "adora": ["adora"], "adora, paper_llm": ["adora", "plugins.adora.variant=paper_llm"]},
+        [
+            Measure("re-weighted", reweighted),
+            *(Measure(f"level {level} after", level_accuracy(level)) for level in range(4)),
+            *ACCURACY,
+        ],
+    ),
+    "riskpo": Effect(
+        {
+            "grpo": ["grpo"],
+            "riskpo, bundles of 4": ["riskpo", "plugins.riskpo.bundle_size=4"],
+            "riskpo, own quantiles": ["riskpo", "plugins.riskpo.bundle_size=4", "plugins.riskpo.quantiles=batch"],
+        },
+        [
+            Measure("entropy, first 5", mean_of("actor/entropy", 0, 5)),
+            Measure("entropy, last 5", mean_of("actor/entropy", -5)),
+            Measure("hard prompts before", level_accuracy(3, 0)),
+            Measure("hard prompts after", level_accuracy(3)),
+            *ACCURACY,
+        ],
     ),
     "kl_cov": Effect(
         {
@@ -152,6 +232,7 @@ def run(folder: Path, arguments: Sequence[str], steps: int, seed: int) -> Path:
         recipe, *overrides = arguments
         command = [sys.executable, "-m", "verl_plugins.cli", "run", recipe, *overrides, "--preset", "cpu"]
         command += ["--out", str(folder), f"trainer.total_training_steps={steps}", "trainer.resume_mode=disable"]
+        command += [f"trainer.validation_data_dir={folder / 'validations'}"]
         command += [f"data.seed={seed}", f"actor_rollout_ref.rollout.seed={seed}"]
         (folder / "metrics.jsonl").unlink(missing_ok=True)
         result = subprocess.run(command, capture_output=True, text=True)
@@ -161,12 +242,26 @@ def run(folder: Path, arguments: Sequence[str], steps: int, seed: int) -> Path:
     return folder
 
 
+def read_run(folder: Path) -> tuple[list[dict], list[tuple[int, dict]]]:
+    """Metrics of every step and of every validation, the latter with the accuracy by level of the CPU task."""
+    steps, validations = read_metrics(folder / "metrics.jsonl")
+    for step, metrics in validations:
+        answers: dict[int, list[float]] = {}
+        dump = folder / "validations" / f"{step}.jsonl"
+        for row in map(json.loads, dump.read_text().splitlines() if dump.exists() else ()):
+            if asked := SUM.search(row["input"]):
+                level = sum(int(digit) >= TaskSettings.large_from for digit in asked[0][:-1].split("+"))
+                answers.setdefault(level, []).append(row["acc"])
+        metrics |= {f"accuracy/level {level}": statistics.fmean(right) for level, right in answers.items()}
+    return steps, validations
+
+
 def table(effect: Effect, folders: dict[tuple[str, int], Path]) -> str:
     """A markdown table: mean and standard deviation over seeds."""
     lines = ["| variant | " + " | ".join(measure.title for measure in effect.measures) + " |"]
     lines.append("|---" * (len(effect.measures) + 1) + "|")
     for variant in effect.variants:
-        data = [read_metrics(folder / "metrics.jsonl") for (name, _), folder in folders.items() if name == variant]
+        data = [read_run(folder) for (name, _), folder in folders.items() if name == variant]
         cells = []
         for measure in effect.measures:
             values = [measure.value(*one) for one in data]

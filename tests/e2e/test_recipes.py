@@ -100,6 +100,76 @@ class TestMcGrpo:
         assert second > 1e-7
 
 
+class TestBnpo:
+    """Recipes vade and bnpo combined, mode sync: chosen prompts, two parts of the reward normalised each alone."""
+
+    def test_trains(self, out: Path) -> None:
+        parts = "plugins.bnpo.components=[acc,verifier_timeout]"
+        both = train("vade+bnpo", out / "vade_bnpo", *SHORT, parts, "trainer.total_training_steps=2")
+        healthy(both, 2)
+        for step in both.steps:
+            found = ours(step, "bnpo")
+            assert found["p_mean/acc"] == pytest.approx(step["health/accuracy"], abs=1e-6)
+            assert found["frac_p1/acc"] == pytest.approx(step["health/all_right_groups"], abs=1e-6)
+            assert found["alpha/acc"] >= 1 and found["beta/acc"] >= 1
+            assert (found["fallback/acc"], found["fallback/verifier_timeout"]) == (0, 1)
+            assert 0 < found["advantage_var"] < 0.25
+            assert ours(step, "vade")["effective_ratio"] == pytest.approx(step["health/mixed_groups"])
+
+
+class TestAGrae:
+    """Recipe a_grae, mode sync."""
+
+    def test_trains(self, out: Path) -> None:
+        training = train("a_grae", out / "a_grae", *SHORT, "trainer.total_training_steps=2")
+        healthy(training, 2)
+        for step in training.steps:
+            found = ours(step, "a_grae")
+            assert found["omega"] == found["pos_scale"] == pytest.approx(step["health/accuracy"], abs=1e-6)
+            assert found["positive_share"] == pytest.approx(found["omega"] / (1 + found["omega"]), abs=1e-4)
+            assert found["frac_solved_none"] == pytest.approx(step["health/all_wrong_groups"], abs=1e-6)
+
+
+class TestAdora:
+    """Recipes adora and mc_grpo combined, mode sync: the wrapper reads lengths of responses that are dropped, too."""
+
+    def test_trains(self, out: Path) -> None:
+        both = train("adora+mc_grpo", out / "adora_mc_grpo", *SHORT, "trainer.total_training_steps=2")
+        healthy(both, 2)
+        for step in both.steps:
+            found = ours(step, "adora")
+            assert found["frac_tas"] + found["frac_tds"] == pytest.approx(1)
+            assert found["frac_no_success"] == pytest.approx(step["health/all_wrong_groups"], abs=1e-6)
+            assert found["weight_mean"] == pytest.approx(found["frac_tas"] + 0.1 * found["frac_tds"], abs=1e-5)
+            assert step["critic/advantages/max"] <= ours(step, "mc_grpo")["abs_adv_max"] == pytest.approx(1000)
+            assert {abs(round(step[f"critic/advantages/{end}"])) for end in ("min", "max")} <= {0, 100, 1000}
+
+
+class TestRiskpo:
+    """Recipes riskpo and clip_cov combined, mode sync: quantiles tracked over steps and saved."""
+
+    def test_trains(self, out: Path) -> None:
+        both = train(
+            "riskpo+clip_cov",
+            out / "riskpo_clip_cov",
+            *SHORT,
+            "trainer.total_training_steps=2",
+            "trainer.save_freq=2",
+            "plugins.riskpo.bundle_size=4",
+            "plugins.clip_cov.clip_cov_ratio=0.05",
+        )
+        healthy(both, 2)
+        first, second = (ours(step, "riskpo") for step in both.steps)
+        assert first["papers"] == second["papers"] == PROMPTS / 4 * 8
+        assert second["q_alpha"] == pytest.approx(first["quantile_0.20"])
+        assert second["q_beta"] == pytest.approx(first["quantile_0.80"])
+        moved = [abs(second[name] - first[name]) for name in first if name.startswith("quantile_")]
+        assert len(moved) == 19 and 0 < max(moved) <= 0.1
+        saved = load_file(both.out / "global_step_2/plugins/arrays.safetensors")["driver/riskpo/tracked"]
+        assert saved[9].item() == pytest.approx(second["quantile_0.50"])
+        assert all(ours(step, "clip_cov")["num_selected"] > 0 for step in both.steps)
+
+
 class TestVade:
     """Recipe vade, mode sync: prompts are chosen by a belief that the rollouts of every step update."""
 

@@ -94,6 +94,16 @@ class TestAgainstPlainPython:
             seen |= {label} if expected[-1] else set()
         assert Groups(labels, counted).first(values > 0).tolist() == expected
 
+    @FEW
+    @given(grouped())
+    def test_per_group(self, rows):
+        labels, values, counted = rows
+        groups = Groups(labels, counted)
+        smallest = groups.min(values)
+        found = dict(zip(groups.labels, groups.per_group(smallest).tolist(), strict=True))
+        assert [found[label] for label in labels] == smallest.tolist()
+        assert groups.per_group(smallest > 0).dtype == torch.bool
+
 
 class TestLaws:
     """What must hold without a reference."""

@@ -632,6 +632,8 @@ class TestGolden:
             ({"expected": {"y": [3.0, 7.0]}}, "y[1] is 6 instead of 7 (1 of 2 values differ)"),
             ({"expected": {"y": [[3.0, 6.0]]}}, "y has shape (2,) instead of (1, 2)"),
             ({"expected": {"y": [3.0, 6.0], "z": 1}}, "the replay computes nothing called 'z'"),
+            ({"expected": {"y": {"a": 3.0}}}, "y has no entry 'a'"),
+            ({"expected": {"y": [3.0, [6.0, 6.0]]}}, "y.1 has shape () instead of (2,)"),
             ({"inputs": {"x": [1.0, 2.0], "w": 1}}, "the replay does not read input 'w'"),
             ({"params": {"k": 3, "j": 1}}, "the replay does not read parameter 'j'"),
             ({"params": {}}, "the replay raises AssertionError: the case has no parameter 'k'"),

@@ -74,6 +74,13 @@ def differences(case: Mapping[str, Any], replay: Replay) -> list[str]:
 
 
 def _difference(key: str, found: Any, expected: Any, rtol: float, atol: float) -> list[str]:
+    if parts := _parts(expected):
+        ours = found if isinstance(found, Mapping) else dict(enumerate(found))
+        wrong = [f"{key} has no entry {name!r}" for name in parts if name not in ours]
+        if isinstance(expected, list):
+            wrong += [f"{key} has an entry {name!r} too many" for name in ours if name not in parts]
+        pairs = [(f"{key}.{name}", ours[name], parts[name]) for name in parts if name in ours]
+        return wrong + [text for pair in pairs for text in _difference(*pair, rtol, atol)]
     if np.asarray(expected).dtype.kind == "U":
         return [] if np.array_equal(found, expected) else [f"{key} is {found!r} instead of {expected!r}"]
     ours, theirs = (np.asarray(value, dtype=np.float64) for value in (found, expected))
@@ -86,3 +93,11 @@ def _difference(key: str, found: Any, expected: Any, rtol: float, atol: float) -
     where = f"{key}{list(place) if place else ''}"
     count = f" ({int(far.sum())} of {far.size} values differ)" if far.size > 1 else ""
     return [f"{where} is {ours[place]:.10g} instead of {theirs[place]:.10g}{count}"]
+
+
+def _parts(value: Any) -> Mapping[Any, Any]:
+    """A mapping, or the rows of a list whose rows differ in length, by number; empty for what is one array."""
+    if isinstance(value, Mapping):
+        return value
+    ragged = isinstance(value, list) and len({len(row) if isinstance(row, list) else None for row in value}) > 1
+    return dict(enumerate(value)) if ragged else {}

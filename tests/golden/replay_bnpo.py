@@ -1,0 +1,60 @@
+"""BNPO: one score, or components each normalised alone."""
+
+import numpy as np
+import torch
+from cases import Case, Rows
+from fakes import FakeRun
+
+from verl_plugins import Batch
+from verl_plugins.advantage.bnpo import MAX_WEIGHT, Bnpo, Normalised, normalise, to_unit
+
+
+def replay(case: Case, expected: dict) -> dict:
+    assert case.param("max_weight", MAX_WEIGHT) == MAX_WEIGHT
+    low, high = case.param("reward_min", 0.0), case.param("reward_max", 1.0)
+    if not case.param("use_advantage_decomposition", False):
+        rows = Rows(case)
+        found = normalise(to_unit(rows.batch.scores, low, high, "the score"), rows.batch.groups)
+        plugin = Bnpo(Bnpo.Config(reward_min=low, reward_max=high))
+        return {
+            "advantages": rows.on_all(plugin.estimate_advantage(FakeRun(), rows.batch)),
+            "seq_advantage": rows.on_all(rows.batch.of_session(found.advantage)),
+        } | of_prompts(found, rows.batch.groups.labels)
+    return replay_components(case, low, high)
+
+
+def of_prompts(found: Normalised, labels: np.ndarray) -> dict:
+    """The fit, and rate and weight of each prompt in order of first appearance; no weight where the rate is 0 or 1."""
+    weight = found.weight.double()
+    weight[(found.rate == 0) | (found.rate == 1)] = torch.nan
+    names = {"alpha": found.fit.alpha, "beta": found.fit.beta, "uid_order": labels.tolist()}
+    return names | {"p": found.rate, "weight": weight}
+
+
+def replay_components(case: Case, low: float, high: float) -> dict:
+    uid, mask = case.input("uid"), torch.tensor(case.input("response_mask")).bool()
+    real = torch.tensor([not name.startswith("pad") for name in uid])
+    places, parts = real.nonzero()[:, 0].tolist(), case.input("reward_components")
+    order = case.param("component_order", list(parts))
+    batch = Batch.from_tensors(
+        uid=[uid[row] for row in places],
+        response_mask=mask[real],
+        rm_scores=torch.zeros(len(places), mask.shape[1]),
+        **{name: torch.tensor(parts[name], dtype=torch.float64)[real] for name in order},
+    )
+
+    def on_all(values: torch.Tensor) -> torch.Tensor:
+        whole = torch.zeros(len(uid), *values.shape[1:], dtype=torch.float64)
+        whole[real] = values.double()
+        return whole
+
+    each = {}
+    for name in order:
+        found = normalise(to_unit(batch.extra(name), low, high, name), batch.groups)
+        each[name] = of_prompts(found, batch.groups.labels) | {"seq_advantage": on_all(found.advantage)}
+    plugin = Bnpo(Bnpo.Config(components=tuple(order), reward_min=low, reward_max=high))
+    return {
+        "advantages": on_all(plugin.estimate_advantage(FakeRun(), batch)),
+        "seq_advantage": sum(one["seq_advantage"] for one in each.values()) / len(each),
+        "per_component": each,
+    }
