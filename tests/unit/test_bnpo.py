@@ -164,13 +164,13 @@ class TestComponents:
     SHAPE = [1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0]
 
     def test_mean_of_each_alone(self):
-        plugin = Bnpo(Bnpo.Config(components=("right", "shape")))
+        plugin = Bnpo(Bnpo.Config(components=["right", "shape"]))
         found = per_row(plugin.estimate_advantage(FakeRun(), with_parts(self.UID, right=self.RIGHT, shape=self.SHAPE)))
         alone = [estimate(self.UID, values) for values in (self.RIGHT, self.SHAPE)]
         torch.testing.assert_close(found, sum(alone) / 2)
 
     def test_a_saturated_one_counts(self):
-        plugin, run = Bnpo(Bnpo.Config(components=("right", "shape"))), FakeRun()
+        plugin, run = Bnpo(Bnpo.Config(components=["right", "shape"])), FakeRun()
         found = per_row(plugin.estimate_advantage(run, with_parts(self.UID, right=self.RIGHT, shape=[1.0] * 8)))
         torch.testing.assert_close(found, estimate(self.UID, self.RIGHT) / 2)
         assert (run.metrics["fallback/shape"], run.metrics["fallback/right"]) == (1, 0)
@@ -181,13 +181,13 @@ class TestComponents:
     )
     def test_without_numbers(self, parts, text, sentence):
         with pytest.raises(DataError) as error:
-            Bnpo(Bnpo.Config(components=("right",))).estimate_advantage(FakeRun(), with_parts(self.UID, **parts))
+            Bnpo(Bnpo.Config(components=["right"])).estimate_advantage(FakeRun(), with_parts(self.UID, **parts))
         sentence(error.value, text)
 
     def test_out_of_range_is_named(self, sentence):
         batch = with_parts(self.UID, right=[2 * value for value in self.RIGHT])
         with pytest.raises(DataError) as error:
-            Bnpo(Bnpo.Config(components=("right",))).estimate_advantage(FakeRun(), batch)
+            Bnpo(Bnpo.Config(components=["right"])).estimate_advantage(FakeRun(), batch)
         sentence(error.value, "the component 'right' goes from 0 to 2", "plugins.bnpo.reward_max")
 
 
