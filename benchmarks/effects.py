@@ -57,6 +57,21 @@ def mean_of(key: str, first: int = 0, last: int | None = None) -> Callable:
     return lambda steps, _: statistics.fmean(step[key] for step in steps[first:last]) if key in steps[0] else None
 
 
+def mean_where_known(key: str, first: int = 0, last: int | None = None) -> Callable:
+    """Mean of a metric over those of the steps first+1..last that have it; None if none has."""
+
+    def value(steps: Steps, _: Sequence) -> float | None:
+        found = [step[key] for step in steps[first:last] if key in step]
+        return statistics.fmean(found) if found else None
+
+    return value
+
+
+def groups_with_signal(steps: Steps, _: Sequence) -> float:
+    """Share of prompts that teach something, over all steps: for copo its own metric, else the mixed ones."""
+    return statistics.fmean(step.get("plugins/copo/groups_with_signal", step["health/mixed_groups"]) for step in steps)
+
+
 def at(key: str, step: int) -> Callable:
     """A metric around a step (mean of five)."""
     return lambda steps, _: statistics.fmean(entry[key] for entry in steps[max(step - 3, 0) : step + 2])
@@ -176,6 +191,44 @@ EFFECTS = {
             Measure("hard prompts after", level_accuracy(3)),
             *ACCURACY,
         ],
+    ),
+    "progrpo": Effect(
+        {
+            "grpo": ["grpo"],
+            "progrpo (alpha 0.3)": ["progrpo"],
+            "progrpo, alpha 1": ["progrpo", "plugins.progrpo.alpha=1.0"],
+        },
+        [
+            Measure("entropy, steps 11 to 15", mean_of("health/entropy_mean", 10, 15)),
+            Measure("entropy, last 15", mean_of("health/entropy_mean", -15)),
+            Measure("mixed groups, last 15", mean_of("health/mixed_groups", -15)),
+            *ACCURACY,
+        ],
+    ),
+    "copo": Effect(
+        {
+            "grpo": ["grpo"],
+            "copo (soft-with-zero)": ["copo"],
+            "copo, soft": ["copo", "plugins.copo.gate=soft"],
+        },
+        [
+            Measure("prompts with a signal", groups_with_signal),
+            Measure("all wrong groups, last 15", mean_of("health/all_wrong_groups", -15)),
+            Measure("entropy, last 15", mean_of("health/entropy_mean", -15)),
+            *ACCURACY,
+        ],
+    ),
+    "drpo": Effect(
+        {"grpo": ["grpo"], "drpo": ["drpo"], "drpo, Lambda 1": ["drpo", "plugins.drpo.length_temperature=1.0"]},
+        [
+            Measure("length of right answers, first 3", mean_where_known("health/length_right", 0, 3)),
+            Measure("length of right answers, last 3", mean_where_known("health/length_right", -3)),
+            Measure("accuracy, last 3", mean_of("health/accuracy", -3)),
+            *ACCURACY,
+        ],
+        common=("actor_rollout_ref.actor.optim.lr=1e-4",),
+        steps=30,
+        prepare=worked_sums.prepare,
     ),
     "kl_cov": Effect(
         {
