@@ -72,8 +72,9 @@ def answer_entropy(answers: np.ndarray, groups: Groups, distinct_missing: bool =
     """
     rows = len(answers)
     codes = np.where(answers < 0, rows + np.arange(rows), answers) if distinct_missing else answers + 1
-    same = Groups(groups.index.numpy() * (2 * rows) + codes, counted=groups.counted)
-    share = same.count().double() / groups.count()
+    pairs = pd.factorize(groups.index.numpy() * (2 * rows) + codes)[0]
+    same = np.bincount(pairs, None if groups.counted is None else groups.counted.numpy())[pairs]
+    share = torch.from_numpy(same).double() / groups.count()
     return groups.mean(-(share + 1e-8).log2())  # the mean over responses is the sum over answers
 
 
@@ -97,8 +98,10 @@ def prompt_return(mean: Tensor, entropy: Tensor, groups: Groups, coefficient: bo
 def global_advantage(returns: Tensor, groups: Groups, scale: str = "std", epsilon: float = 1e-6) -> Tensor:
     """R [B] -> G [B]: every prompt counts once; exactly 0 where all are equal."""
     once = of_groups(returns, groups)
-    mean, std = Groups(np.zeros(len(groups), dtype=np.int64)).moments(once)
-    return ((once - mean) if scale == "none" else (once - mean) / (std + epsilon))[groups.index]
+    centred = once - once[0]  # from one prompt's, so that equal ones leave nothing but zeros
+    centred -= centred.mean()
+    std = (centred.square().sum() / max(len(once) - 1, 1)).sqrt()
+    return (centred if scale == "none" else centred / (std + epsilon))[groups.index]
 
 
 def local_weight(entropy: Tensor, scores: Tensor, gamma: float, rho: float, gate: str = "soft-with-zero") -> Tensor:
