@@ -170,6 +170,65 @@ class TestRiskpo:
         assert all(ours(step, "clip_cov")["num_selected"] > 0 for step in both.steps)
 
 
+class TestProGrpo:
+    """Recipe progrpo: confidence on prompt and response shifts the advantages of grpo."""
+
+    def test_trains(self, out: Path) -> None:
+        training = train("progrpo", out / "progrpo", *SHORT, "trainer.total_training_steps=2")
+        healthy(training, 2)
+        for step in training.steps:
+            found = ours(step, "progrpo")
+            assert found["active_groups"] == pytest.approx(1 - step["health/all_wrong_groups"])
+            assert step["health/zero_advantage_rows"] == pytest.approx(step["health/all_wrong_groups"])
+            assert ours(step, "grpo")["zero_advantage_rows"] > step["health/zero_advantage_rows"]
+            assert 0 < found["prompt_confidence"] < found["answer_confidence_wrong"]
+            assert found["answer_confidence_wrong"] < found["answer_confidence_correct"] < 1
+            assert 0 < found["shift_abs_mean"] < found["shift_abs_max"] < 0.3
+
+
+class TestCopo:
+    """Recipe copo with two losses and two updates a step, progrpo around its advantages."""
+
+    def test_trains(self, out: Path) -> None:
+        training = train(
+            "copo",
+            out / "copo",
+            *SHORT,
+            "trainer.total_training_steps=2",
+            "actor_rollout_ref.actor.ppo_mini_batch_size=8",
+            "plugins.copo.form=two_losses",
+            "+plugins.progrpo.alpha=0.1",
+        )
+        healthy(training, 2)
+        for step in training.steps:
+            found = ours(step, "copo")
+            assert found["groups_with_signal"] > step["health/mixed_groups"]
+            assert found["return_mean"] == pytest.approx(step["health/accuracy"], abs=1e-6)
+            assert 0 < found["answer_entropy_mean"] < found["answer_entropy_max"] <= 3
+            assert found["local_weight_min"] < 1e-6 < 0.9 < found["local_weight_max"] < 1
+            assert found["no_answer"] < 0.05
+            assert math.isfinite(found["local_loss"] + found["global_loss"])
+            assert ours(step, "progrpo")["shift_abs_max"] < 0.1
+
+
+class TestDrpo:
+    """Recipe drpo, two updates a step: the second has a policy that has moved."""
+
+    def test_trains(self, out: Path) -> None:
+        two_updates = "actor_rollout_ref.actor.ppo_mini_batch_size=8"
+        training = train("drpo", out / "drpo", *SHORT, two_updates, "trainer.total_training_steps=2")
+        healthy(training, 2)
+        for step in training.steps:
+            found = ours(step, "drpo")
+            assert step["health/zero_advantage_rows"] == pytest.approx(1 - step["health/mixed_groups"])
+            assert step["health/sign_flips"] == 0
+            assert 1 <= found["effective_positives"] <= 7
+            assert 0 < found["negative_weight_max"] <= 1
+            assert 1e-6 < abs(found["ppo_kl"]) < 0.1
+            assert found["constraint_active"] in (0, 0.5, 1)
+            assert step["health/length_right"] > 1
+
+
 class TestVade:
     """Recipe vade, mode sync: prompts are chosen by a belief that the rollouts of every step update."""
 
