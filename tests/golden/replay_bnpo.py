@@ -52,7 +52,7 @@ def replay_components(case: Case, low: float, high: float) -> dict:
     for name in order:
         found = normalise(to_unit(batch.extra(name), low, high, name), batch.groups)
         each[name] = of_prompts(found, batch.groups.labels) | {"seq_advantage": on_all(found.advantage)}
-    plugin = Bnpo(Bnpo.Config(components=tuple(order), reward_min=low, reward_max=high))
+    plugin = Bnpo(Bnpo.Config(components=list(order), reward_min=low, reward_max=high))
     return {
         "advantages": on_all(plugin.estimate_advantage(FakeRun(), batch)),
         "seq_advantage": sum(one["seq_advantage"] for one in each.values()) / len(each),

@@ -159,6 +159,9 @@ class TestOmega:
         assert estimate(*rows, group_level="none")[0] == pytest.approx(1)
         assert estimate(*rows, group_level="none", scale="none")[0] == 1
 
+    def test_the_code_does_not_rescale_a_lone_response(self):
+        assert estimate(*groups_of([0.5], [1, 0, 0]), variant="code", group_level="none")[0] == pytest.approx(0.5)
+
 
 class TestRefusals:
     @pytest.mark.parametrize("scores", [[-1, 1], [0, 2]])

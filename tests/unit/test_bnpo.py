@@ -150,10 +150,11 @@ class TestAdvantage:
         assert found.tolist() == pytest.approx([0.5, 0.5, -0.5, -0.5, 0.5])
 
 
-def with_parts(uid, **parts) -> Batch:
+def with_parts(uid, fields=None, **parts) -> Batch:
     """Responses with these parts of the reward."""
     info = [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
-    return batch_of(uid, [0.0] * len(uid), extra_fields=[{"reward_extra_info": one} for one in info])
+    info = [{"reward_extra_info": one} for one in info]
+    return batch_of(uid, [0.0] * len(uid), extra_fields=info, **(fields or {}))
 
 
 class TestComponents:
@@ -174,6 +175,12 @@ class TestComponents:
         found = per_row(plugin.estimate_advantage(run, with_parts(self.UID, right=self.RIGHT, shape=[1.0] * 8)))
         torch.testing.assert_close(found, estimate(self.UID, self.RIGHT) / 2)
         assert (run.metrics["fallback/shape"], run.metrics["fallback/right"]) == (1, 0)
+
+    def test_each_session_by_its_last_output(self):
+        fields = {"session": [0, 0, 1, 0, 1], "turn": [0, 1, 0, 0, 0]}
+        batch = with_parts(groups_of([0] * 3, [0] * 2)[0], fields, right=[0.0, 1.0, 0.0, 0.0, 1.0])
+        found = per_row(Bnpo(Bnpo.Config(components=["right"])).estimate_advantage(FakeRun(), batch))
+        assert found.tolist() == pytest.approx([0.5, 0.5, -0.5, -0.5, 0.5])
 
     @pytest.mark.parametrize(
         ("parts", "text"),

@@ -217,11 +217,12 @@ class TestLaws:
         assert torch.equal(estimate(*rows), estimate(*rows, fields={"tokens": 9}))
 
     def test_each_session_by_its_last_output(self):
-        uid, scores = prompts_of([1, 0, 1], [0, 1])
+        uid, scores = prompts_of([1, 0, 1], [1, 0])
         expected = estimate(uid, scores, fields={"session": [0, 1, 2, 0, 1]})
         fields = {"session": [0, 0, 1, 2, 0, 1], "turn": [0, 1, 0, 0, 0, 0]}
         found = estimate([uid[0], *uid], [5.0, *scores], fields=fields)
         assert torch.equal(found, torch.cat([expected[:1], expected]))
+        assert expected[0] != 0
 
     def test_nan_is_refused(self):
         with pytest.raises(DataError, match="finite"):

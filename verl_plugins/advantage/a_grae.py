@@ -170,6 +170,5 @@ def symmetry(advantage: Tensor, rate: Tensor, batch: Batch) -> dict[str, float]:
         metrics["positive_share"] = positive / total
     bins = torch.bucketize(rate_of, torch.tensor([1 / 3, 2 / 3]), right=True)
     sums, counts = torch.bincount(bins, weight.double(), minlength=3), torch.bincount(bins, minlength=3)
-    found = (sums / counts).tolist()
-    metrics |= {f"weight_{name}": found[i] for i, name in enumerate(("hard", "medium", "easy")) if counts[i]}
-    return metrics
+    by_bin = zip(("weight_hard", "weight_medium", "weight_easy"), sums.tolist(), counts.tolist(), strict=True)
+    return metrics | {name: total / count for name, total, count in by_bin if count}

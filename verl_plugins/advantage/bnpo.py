@@ -113,8 +113,8 @@ class Bnpo(Plugin):
 
     @dataclass
     class Config:
-        components: tuple[str, ...] = setting(
-            (), "parts of the reward to normalise each alone and average; none: the score", authors=()
+        components: list[str] | None = setting(
+            None, "parts of the reward to normalise each alone and average; none: the score", authors=None
         )
         reward_min: float = setting(0.0, "least possible score, or value of a component", authors=0.0)
         reward_max: float = setting(1.0, "largest possible score, or value of a component", authors=1.0)
@@ -144,13 +144,11 @@ class Bnpo(Plugin):
 
     @hookimpl
     def estimate_advantage(self, run: Run, batch: Batch) -> Tensor:
-        advantage = torch.zeros_like(batch.scores)
-        parts = {f"/{name}": self._component(batch, name) for name in self.config.components} or {"": batch.scores}
-        for suffix, values in parts.items():
-            what = f"the component {suffix[1:]!r}" if suffix else "the score"
-            scores = to_unit(values, self.config.reward_min, self.config.reward_max, what)
-            found = normalise(scores, batch.groups)
-            advantage += found.advantage / len(parts)
+        advantage, names = torch.zeros_like(batch.scores), self.config.components or []
+        parts = [(f"the component {name!r}", f"/{name}", self._component(batch, name)) for name in names]
+        for what, suffix, values in parts or [("the score", "", batch.scores)]:
+            found = normalise(to_unit(values, self.config.reward_min, self.config.reward_max, what), batch.groups)
+            advantage += found.advantage / max(len(names), 1)
             run.log({f"{key}{suffix}": value for key, value in summary(found).items()})
         run.log({"advantage_var": float(advantage[batch.is_last].var(unbiased=False))})
         return batch.to_tokens(advantage)
@@ -169,7 +167,7 @@ def summary(found: Normalised) -> dict[str, float]:
     if not len(rates):
         return metrics
     metrics |= {"p_mean": found.fit.mean, "p_var": found.fit.variance}
-    metrics |= {f"frac_p{end}": float((rates == end).float().mean()) for end in (0, 1)}
+    metrics |= {"frac_p0": float((rates == 0).float().mean()), "frac_p1": float((rates == 1).float().mean())}
     mixed = weights[(rates > 0) & (rates < 1)]
     if len(mixed):
         metrics |= {"weight_min": float(mixed.min()), "weight_mean": float(mixed.mean())}
