@@ -201,7 +201,7 @@ FIELDS: list[tuple[str, str, str]] = [
     (TRAINER, "PPOTrainer._compute_metrics", "prompts responses num_turns min_global_steps max_global_steps"),
     (TRAINER, "PPOTrainer._validate", "rm_scores reward_model data_source extra_fields reward_extra_info"),
     (TRAINER, "PPOTrainer._balance_batch", "seq_len"),
-    (TRAINER, "PPOTrainer._save_checkpoint", "global_step_ latest_checkpointed_iteration.txt data.pt open w"),
+    (TRAINER, "PPOTrainer._save_checkpoint", "global_step_ latest_checkpointed_iteration.txt data.pt w"),
     (AGENT, "AgentLoopWorkerTQ.__ray_metadata__.modified_class._run_prompt", "__rollout_n__ __do_sample__ finished"),
     (AGENT, "AgentLoopWorkerTQ.__ray_metadata__.modified_class.generate_sequences", "validate global_steps index"),
     ("verl.workers.utils.losses", "ppo_loss", "old_log_probs advantages response_mask rollout_is_weights loss_mode"),
