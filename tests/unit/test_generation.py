@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
+from verl.workers.config import RolloutConfig
 
 from verl_plugins import DataError
 from verl_plugins.cpu import rollout
@@ -242,7 +242,7 @@ def server(model, tokenizer, tmp_path, monkeypatch) -> rollout.TransformersServe
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     limits = {"response_length": 12, "max_num_seqs": 4, "max_model_len": 40}
-    config = OmegaConf.create({**limits, "load_format": "auto", "dtype": "float32"})
+    config = RolloutConfig(name="transformers", load_format="auto", dtype="float32", **limits)
     monkeypatch.setattr(rollout, "omega_conf_to_dataclass", lambda section: section)
     monkeypatch.setattr(rollout, "get_device_name", lambda: "cpu")
     settings = SimpleNamespace(local_path=str(tmp_path), trust_remote_code=False, tokenizer=tokenizer)
@@ -333,6 +333,20 @@ class TestServer:
         aborted, resumed = asyncio.run(run())
         assert (aborted.stop_reason, resumed.stop_reason) == ("aborted", "completed")
         assert aborted.token_ids == whole[:3] == resumed.token_ids[:3]
+
+    def test_a_server_that_stopped_serving_answers_with_the_cause(self, server, tokenizer, monkeypatch) -> None:
+        async def broken() -> None:
+            raise ValueError("the cause")
+
+        monkeypatch.setattr(server, "_gather", broken)
+
+        async def run() -> list[Any]:
+            await server.ready()
+            return await server.generate_many([self.request(tokenizer, "7")])
+
+        [answer] = asyncio.run(run())
+        assert "stopped serving" in str(answer)
+        assert str(answer.__cause__) == "the cause"
 
     def test_a_leaving_server_refuses(self, server, tokenizer) -> None:
         async def run() -> None:

@@ -114,7 +114,10 @@ class TransformersServer:
         request = Request.from_sampling_params(prompt_ids, sampling_params, budget)
         future = asyncio.get_running_loop().create_future()
         self._queue.put_nowait((request, future))
-        completion: Completion = await future
+        await asyncio.wait({future, self._loop_task}, return_when=asyncio.FIRST_COMPLETED)
+        if not future.done():
+            raise RuntimeError("the rollout server has stopped serving") from self._loop_task.exception()
+        completion: Completion = future.result()
         return TokenOutput(
             token_ids=completion.token_ids,
             log_probs=completion.log_probs,
