@@ -1,15 +1,17 @@
 """What each method changes, measured on the CPU preset against plain GRPO: the tables of the recipe pages.
 
     python benchmarks/effects.py vade            # runs every variant with every seed, then prints the table
-    python benchmarks/effects.py clip_cov --jobs 2
+    python benchmarks/effects.py bnpo adora --jobs 2
 
-Finished runs are kept in `--out` and not repeated. A seed changes the order of prompts and every sampled token; model,
-task and warm-up stay the same.
+Finished runs are kept in `--out` and not repeated, also where two comparisons share one (mostly grpo's). A seed changes
+the order of prompts and every sampled token; model, task and warm-up stay the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import itertools
 import json
 import re
 import statistics
@@ -278,9 +280,16 @@ EFFECTS = {
 }
 
 
+def run_folder(out: Path, arguments: Sequence[str], steps: int, seed: int) -> Path:
+    """The same for the same run, whichever comparison asks for it."""
+    digest = hashlib.sha256(json.dumps([*arguments, steps]).encode()).hexdigest()[:8]
+    return out / f"{arguments[0]}-{digest}-seed{seed}"
+
+
 def run(folder: Path, arguments: Sequence[str], steps: int, seed: int) -> Path:
     """One training, unless its metrics are already there."""
     done = folder / "done"
+    folder.mkdir(parents=True, exist_ok=True)
     if not done.exists():
         recipe, *overrides = arguments
         command = [sys.executable, "-m", "verl_plugins.cli", "run", recipe, *overrides, "--preset", "cpu"]
@@ -330,25 +339,29 @@ def table(effect: Effect, folders: dict[tuple[str, int], Path]) -> str:
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("effect", choices=EFFECTS)
+    parser.add_argument("effects", nargs="+", choices=EFFECTS, metavar="METHOD", help=", ".join(EFFECTS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="trainings at the same time")
     parser.add_argument("--out", type=Path, default=Path("runs/effects"))
     options = parser.parse_args()
-    effect = EFFECTS[options.effect]
-    common = [*effect.common, *(effect.prepare(options.out / options.effect / "prepared") if effect.prepare else [])]
-    runs = {}
+    seeds = range(1, options.seeds + 1)
+    folders: dict[str, dict[tuple[str, int], Path]] = {}
+    todo: dict[Path, tuple[list[str], int, int]] = {}
+    for name in options.effects:
+        effect, folders[name] = EFFECTS[name], {}
+        common = [*effect.common, *(effect.prepare(options.out / effect.prepare.__module__) if effect.prepare else [])]
+        for seed, (variant, arguments) in itertools.product(seeds, effect.variants.items()):
+            one = ([*arguments, *common], effect.steps, seed)
+            folders[name][variant, seed] = run_folder(options.out, *one)
+            todo[folders[name][variant, seed]] = one
     with ThreadPoolExecutor(options.jobs) as pool:
-        for number, (variant, arguments) in enumerate(effect.variants.items()):
-            for seed in range(1, options.seeds + 1):
-                folder = options.out / options.effect / f"variant{number}-seed{seed}"
-                folder.mkdir(parents=True, exist_ok=True)
-                future = pool.submit(run, folder, [*arguments, *common], effect.steps, seed)
-                runs[variant, seed] = future
-        folders = {key: future.result() for key, future in runs.items()}
-    text = table(effect, folders)
-    (options.out / options.effect / "table.json").write_text(json.dumps({"seeds": options.seeds, "table": text}))
-    print(text)
+        running = [pool.submit(run, folder, *one) for folder, one in todo.items()]
+        for number, future in enumerate(running, 1):
+            print(f"{number}/{len(running)} {future.result().name}", file=sys.stderr, flush=True)
+    for name in options.effects:
+        text = table(EFFECTS[name], folders[name])
+        (options.out / f"{name}.json").write_text(json.dumps({"seeds": options.seeds, "table": text}))
+        print(f"{name}, {options.seeds} seeds\n\n{text}\n")
 
 
 if __name__ == "__main__":
