@@ -37,6 +37,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/clip_cov.py
 	$(BIN)/python benchmarks/vade.py
 	$(BIN)/python benchmarks/verifier.py
+	$(BIN)/python benchmarks/layer.py
 
 # $(call environment,FOLDER,EXTRA). torch comes first, at the pin of both extras: otherwise verl's requirements choose it.
 define environment

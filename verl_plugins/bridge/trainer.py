@@ -5,7 +5,9 @@ The mode keeps verl's own name (`sync`, `colocate_async`): verl compares it in s
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -68,6 +70,8 @@ class Stages(DrawsPrompts, SavesState):
         self._prompt_log_probs: dict[str, Tensor] = {}
         self._columns: set[str] = set()
         self._shipped: set[str] = set()
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="health")
+        self._health: Future[dict[str, float]] | None = None
         self._awake = self._stopped = False
         self.timing_raw: dict[str, float] = {}
         super().__init__(config)
@@ -198,19 +202,23 @@ class Stages(DrawsPrompts, SavesState):
         with patch.object(trainer_base, "compute_advantage_for_multi_trajectories", estimate):
             batch = super()._compute_advantage(batch, metrics)
         with self.clock():
-            return self._observe(batch, metrics)
+            return self._observe(batch)
 
-    def _observe(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        self._batch.full.prefetch(*[name for name in HEALTH_FIELDS if name in self._columns_of(batch)])
+    def _observe(self, batch: KVBatchMeta) -> KVBatchMeta:
         self.plugins.hook.observe(run=self.run, batch=self._batch)
         if self._batch.written:
             batch = self._store(batch, self._batch)
-        metrics.update(group_health(self._batch.full))
-        metrics.update(signal_health(self._batch) | policy_health(self._batch))
-        metrics.update(reward_parts(self._batch.full))
-        metrics.update(self._group_metrics(self._batch.full))
-        self._drop_from_queue()
+        fields = [name for name in HEALTH_FIELDS if name in self._columns_of(batch)]
+        self._health = self._beside.submit(self._measure_health, self._batch, fields)
         return batch
+
+    def _measure_health(self, batch: Batch, fields: Sequence[str]) -> dict[str, float]:
+        """In a thread while the actors update: fetching what nothing but metrics reads takes longer than all stages."""
+        start = time.perf_counter()
+        batch.full.prefetch(*fields)
+        metrics = group_health(batch.full) | signal_health(batch) | policy_health(batch) | reward_parts(batch.full)
+        metrics |= self._group_metrics(batch.full)
+        return metrics | {"timing_s/health": time.perf_counter() - start}
 
     def _estimate(self, original: Any, data: Any, batch_keys: list[str], **kwargs: Any) -> Any:
         """In the place of verl's function: the same result, from the stage `estimate_advantage`."""
@@ -280,6 +288,9 @@ class Stages(DrawsPrompts, SavesState):
         return batch
 
     def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> None:
+        with self.clock():
+            metrics.update(self._health.result())
+            self._drop_from_queue()
         super()._compute_metrics(batch, metrics, *args, **kwargs)
         metrics.update(self.run.take_metrics())
         self.plugins.hook.on_step_end(run=self.run, metrics=metrics)
