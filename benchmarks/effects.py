@@ -111,6 +111,8 @@ def reweighted(steps: Steps, _: Sequence[tuple[int, dict]]) -> float | None:
     return statistics.fmean(step[f"plugins/adora/frac_{changed}"] for step in steps)
 
 
+COLLAPSE = ("actor_rollout_ref.actor.ppo_mini_batch_size=4", "actor_rollout_ref.actor.optim.lr=3e-4")
+"""Four updates per batch at six times the preset's rate, where the entropy of grpo is to collapse within 45 steps."""
 ACCURACY = [Measure("held-out before", held_out(0)), Measure("held-out after", held_out(-1))]
 EFFECTS = {
     "vade": Effect(
@@ -246,6 +248,22 @@ EFFECTS = {
         ],
         common=("actor_rollout_ref.actor.ppo_mini_batch_size=4", "actor_rollout_ref.actor.optim.lr=1e-4"),
         steps=20,
+    ),
+    "steer": Effect(
+        {
+            "grpo": ["grpo"],
+            "steer (exp)": ["steer"],
+            "steer, linear": ["steer", "plugins.steer.map=linear"],
+            "steer, exp to 0.2": ["steer", "plugins.steer.token_weight_min=0.2"],
+        },
+        [
+            Measure("weight", mean_of("plugins/steer/token_weight_mean")),
+            Measure("entropy, first 5", mean_of("actor/entropy", 0, 5)),
+            Measure("entropy, steps 21 to 25", mean_of("actor/entropy", 20, 25)),
+            Measure("entropy, last 5", mean_of("actor/entropy", -5)),
+            *ACCURACY,
+        ],
+        common=COLLAPSE,
     ),
     "siri": Effect(
         {

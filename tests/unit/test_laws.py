@@ -63,6 +63,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         },
         {"config": {"kl_cov_ratio": 0.1, "scope": "batch"}},
     ],
+    "steer": [
+        {"except_for": {"micro_batches.policy_loss": PER_CALL}},
+        {"config": {"map": "linear"}, "except_for": {"micro_batches.policy_loss": PER_CALL}},
+        {"config": {"scope": "batch"}},
+        {"config": {"map": "linear", "scope": "batch"}},
+    ],
     "progrpo": [{}, {"config": {"prompt_scope": "low", "skip_all_correct": True}}],
     "copo": [{}, {"config": {"form": "two_losses", "gate": "soft", "reward_coefficient": True}}],
     "drpo": [
