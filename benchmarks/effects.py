@@ -265,6 +265,24 @@ EFFECTS = {
         ],
         common=COLLAPSE,
     ),
+    "dcpo": Effect(
+        {
+            "grpo": ["grpo"],
+            "dcpo (target 0.25)": ["dcpo"],
+            "dcpo, target 0.5": ["dcpo", "plugins.dcpo.entropy_base=0.5"],
+        },
+        [
+            Measure("entropy, first 5", mean_of("actor/entropy", 0, 5)),
+            Measure("entropy, last 5", mean_of("actor/entropy", -5)),
+            Measure("T, first 5", mean_of("plugins/dcpo/temperature", 0, 5)),
+            Measure("T, last 5", mean_of("plugins/dcpo/temperature", -5)),
+            Measure("alpha", mean_of("plugins/dcpo/alpha")),
+            Measure("seconds per step", mean_of("timing_s/step", 5)),
+            Measure("seconds in stages", mean_of("timing_s/stages", 5)),
+            *ACCURACY,
+        ],
+        common=COLLAPSE,
+    ),
     "siri": Effect(
         {
             "grpo (32 tokens)": ["grpo"],

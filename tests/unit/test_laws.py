@@ -69,6 +69,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"config": {"scope": "batch"}},
         {"config": {"map": "linear", "scope": "batch"}},
     ],
+    "dcpo": [{}, {"config": {"entropy_source": "previous_mc", "entropy_base": 0.5}}],
     "progrpo": [{}, {"config": {"prompt_scope": "low", "skip_all_correct": True}}],
     "copo": [{}, {"config": {"form": "two_losses", "gate": "soft", "reward_coefficient": True}}],
     "drpo": [
