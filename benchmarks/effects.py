@@ -30,6 +30,7 @@ from verl_plugins.cpu.task import TaskSettings
 Steps = Sequence[dict]
 SUM = re.compile(r"\b\d(\+\d)+=")
 """A prompt of the CPU task."""
+SHORT_TEMPLATES = Path(__file__).with_name("short_templates.yaml")
 
 
 @dataclass(frozen=True)
@@ -282,6 +283,24 @@ EFFECTS = {
             *ACCURACY,
         ],
         common=COLLAPSE,
+    ),
+    "prompt_augmentation": Effect(
+        {
+            "grpo (one format)": ["grpo"],
+            "prompt_augmentation": [
+                "prompt_augmentation",
+                f"plugins.prompt_augmentation.templates=[{SHORT_TEMPLATES}]",
+                "plugins.prompt_augmentation.validation=plain",
+            ],
+        },
+        [
+            Measure("entropy, first 5", mean_of("actor/entropy", 0, 5)),
+            Measure("entropy, last 5", mean_of("actor/entropy", -5)),
+            Measure("format reward, first 5", mean_where_known("plugins/prompt_augmentation/format_mean", 0, 5)),
+            Measure("format reward, last 5", mean_where_known("plugins/prompt_augmentation/format_mean", -5)),
+            *ACCURACY,
+        ],
+        common=("actor_rollout_ref.actor.ppo_mini_batch_size=4",),
     ),
     "siri": Effect(
         {

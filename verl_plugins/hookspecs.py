@@ -36,7 +36,7 @@ def select_prompts(run: Run, count: int) -> Sequence[int] | None:
 
 @hookspec
 def prepare_prompts(run: Run, prompts: Prompts) -> None:
-    """Edit the drawn training prompts in place: messages, group size, length budget, greedy or sampled."""
+    """Edit the drawn training prompts in place: messages, prefill, group size, length budget, greedy or sampled."""
 
 
 @hookspec(firstresult=True)
@@ -87,6 +87,11 @@ def optimizer_step(actor: Actor) -> float | None:
 
 
 @hookspec
+def prepare_validation(run: Run, prompts: Prompts) -> None:
+    """Edit the validation prompts in place: messages and prefill; training prompts go to `prepare_prompts`."""
+
+
+@hookspec
 def on_step_end(run: Run, metrics: dict[str, Any]) -> None:
     """All metrics of the step are known, its checkpoint is saved: report, add metrics, or `run.stop(reason)`."""
 
@@ -110,6 +115,7 @@ STAGES = (
     "policy_loss",
     "loss_terms",
     "optimizer_step",
+    "prepare_validation",
     "on_step_end",
     "on_train_end",
 )

@@ -95,6 +95,15 @@ class Prompt:
         self.row["raw_prompt"] = messages
 
     @property
+    def prefill(self) -> str:
+        """Text that stands at the beginning of the answer; its tokens are the prompt's, and are not trained on."""
+        return self.row.get("__prefill__", "")
+
+    @prefill.setter
+    def prefill(self, text: str) -> None:
+        self.row["__prefill__"] = text
+
+    @property
     def solution(self) -> str | None:
         """The worked solution (`solution` in `extra_info`), None where the data has none."""
         return (self.row.get("extra_info") or {}).get("solution")

@@ -90,7 +90,9 @@ def test_pages_name_every_setting_with_its_default(name):
     assert rows.keys() == PLUGINS[name].defaults.keys()
     for setting, default in PLUGINS[name].defaults.items():
         shown = rows[setting].strip("`")
-        if isinstance(default, (bool, str, type(None))):
+        if isinstance(default, (list, tuple)):
+            assert shown == f"[{', '.join(default)}]"
+        elif isinstance(default, (bool, str, type(None))):
             assert shown == {None: "none", True: "true", False: "false"}.get(default, default)
         else:
             assert float(shown) == default

@@ -145,6 +145,11 @@ class EveryStage(Plugin):
         )
 
     @hookimpl
+    def prepare_validation(self, run, prompts):
+        asked = [prompt.messages[-1]["content"] for prompt in prompts]
+        self.record("prepare_validation", step=run.step, ids=[prompt.id for prompt in prompts], asked=asked)
+
+    @hookimpl
     def on_step_end(self, run, metrics):
         run.log({"end": run.step})
         metrics["plugins/every_stage/added"] = 1.0
@@ -181,7 +186,14 @@ class EveryStage(Plugin):
         if answer.data_source != "verl_plugins/arithmetic":
             raise DataError(f"data source {answer.data_source}")
         correct = answer.text.strip() == str(answer.ground_truth)
-        self.record("score_answer", text=answer.text, truth=str(answer.ground_truth), extra=sorted(answer.extra_info))
+        info = answer.extra_info
+        self.record(
+            "score_answer",
+            text=answer.text,
+            truth=str(answer.ground_truth),
+            extra=sorted(info),
+            split=info.get("split"),
+        )
         return Verdict(float(correct), correct, {"characters": len(answer.text), "kind": "exact"})
 
     # Actor worker

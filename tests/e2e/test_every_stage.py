@@ -14,14 +14,16 @@ import torch
 from every_stage import DROPPED, TARGETS, TEMPERATURE
 from omegaconf import OmegaConf
 from torch import Tensor
-from training import SHORT, Training, train
+from training import Training, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from verl_plugins.hookspecs import STAGES
 
 pytestmark = pytest.mark.e2e
 
-PROMPTS, ROLLOUTS, KEPT = 16, 8, 7
+PROMPTS, ROLLOUTS, KEPT, HELD_OUT = 16, 8, 7, 4
+VALIDATED = ("trainer.val_before_train=false", "trainer.test_freq=1", f"data.val_max_samples={HELD_OUT}")
+VALIDATED += ("actor_rollout_ref.rollout.val_kwargs.n=1",)
 OTHER_PROCESSES = {"rollout_group", "score_answer", "policy_loss", "loss_terms", "optimizer_step"}
 
 
@@ -61,7 +63,7 @@ def run(third_party: Path, out: Path, request: pytest.FixtureRequest) -> Observe
     training = train(
         "every_stage",
         out / f"every_stage_{request.param}",
-        *SHORT,
+        *VALIDATED,
         f"plugins.every_stage.folder={folder}",
         "trainer.total_training_steps=5",
         "trainer.save_freq=1",
@@ -121,15 +123,24 @@ class TestData:
             assert sorted(record["id"] for record in rolled) == sorted(chosen)
             assert all(record["hint"] == f"h{record['id']}" for record in rolled)
 
+    def test_validation_asks_its_own_prompts(self, run: Observed) -> None:
+        scored = [record for record in run.of("score_answer") if record["split"] == "val"]
+        assert len(scored) == 2 * HELD_OUT
+        for record in run.of("prepare_validation"):
+            assert record["ids"] == list(range(HELD_OUT))
+            sums = {str(sum(map(int, question.rstrip("=").split("+")))) for question in record["asked"]}
+            assert sums == {answer["truth"] for answer in scored}
+
     def test_groups_are_generated_and_scored_in_the_workers(self, run: Observed) -> None:
         groups = run.of("rollout_group")
         assert {record["size"] for record in groups} == {ROLLOUTS}
         assert all(record["info"] == ["acc", "characters", "kind", "score"] for record in groups)
         budget = {0: 2, 1: 12}
         assert all(max(record["lengths"]) <= budget[record["id"] % 2] for record in groups)
-        assert len(run.of("score_answer")) == 2 * PROMPTS * ROLLOUTS
+        trained = [record for record in run.of("score_answer") if record["split"] == "train"]
+        assert len(trained) == 2 * PROMPTS * ROLLOUTS
         scores = [score for record in groups for score in record["scores"]]
-        right = sum(record["text"].strip() == record["truth"] for record in run.of("score_answer"))
+        right = sum(record["text"].strip() == record["truth"] for record in trained)
         assert 0 < right == sum(scores) < len(scores)
 
     def test_rewards_columns_and_budgets_reach_the_driver(self, run: Observed) -> None:

@@ -342,6 +342,52 @@ class TestTtrlAndKlCov:
             assert 0 < found["penalty"] < found["selected_abs_kl"]
 
 
+class TestPromptAugmentation:
+    """Recipe prompt_augmentation with mc_grpo, mode colocate_async, short formats, validated in one of them."""
+
+    @pytest.fixture(scope="class")
+    def both(self, out: Path) -> Training:
+        folder = out / "prompt_augmentation"
+        return train(
+            "prompt_augmentation",
+            folder,
+            "+plugins.mc_grpo={}",
+            "trainer.v1.trainer_mode=colocate_async",
+            "trainer.total_training_steps=2",
+            "trainer.val_before_train=false",
+            "trainer.test_freq=2",
+            "data.val_max_samples=16",
+            f"trainer.validation_data_dir={folder / 'validations'}",
+            f"trainer.rollout_data_dir={folder / 'rollouts'}",
+            f"plugins.prompt_augmentation.templates=[{Path(__file__).parents[2] / 'benchmarks/short_templates.yaml'}]",
+            "plugins.prompt_augmentation.validation=begun",
+        )
+
+    def test_trains(self, both: Training) -> None:
+        healthy(both, 2, on_policy=False)
+        for step in both.steps:
+            found = ours(step, "prompt_augmentation")
+            assert found["acc_mean"] == pytest.approx(step["health/accuracy"], abs=1e-6)
+            assert found["format/plain"] == 1
+            assert sum(value for key, value in found.items() if key.startswith("count/")) == 8 * PROMPTS
+            assert 1 / 3 < found["format_mean"] < 1
+            assert ours(step, "mc_grpo")["abs_adv_max"] > 0
+
+    def test_a_group_shares_its_format_and_the_prefill_is_prompt(self, both: Training) -> None:
+        for file in (both.out / "rollouts").glob("*.jsonl"):
+            groups: dict[str, set[str]] = {}
+            for row in map(json.loads, file.read_text().splitlines()):
+                groups.setdefault(row["uid"].rsplit("_", 2)[0], set()).add(row["input"])
+            inputs = [text for (text,) in groups.values()]
+            formats = [text.startswith("s ") or 2 * text.endswith("==") for text in inputs]
+            assert {0, 1, 2} == set(formats)
+
+    def test_validation_has_one_format(self, both: Training) -> None:
+        rows = (both.out / "validations" / "2.jsonl").read_text().splitlines()
+        assert all(json.loads(row)["input"].endswith("==") for row in rows)
+        assert len(rows) == 16 * 8
+
+
 class TestSiri:
     """Recipe siri, mode colocate_async: budgets of 1 and 16 tokens in turn, validated after every step."""
 

@@ -1,8 +1,8 @@
-"""Which prompts are rolled out next: the part of the trainer behind `select_prompts` and `prepare_prompts`."""
+"""Which prompts are rolled out next: the part of the trainer behind `select_prompts` and the two `prepare_…`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -36,6 +36,9 @@ class DrawsPrompts:
             collate_fn=list,
             sampler=create_rl_sampler(self.config.data, self.train_dataset),
         )
+        if self.plugins.implements("prepare_validation"):
+            edit = lambda prompts: self.plugins.hook.prepare_validation(run=self.run, prompts=prompts)  # noqa: E731
+            self.val_dataloader = _Prepared(self.val_dataloader, edit)
 
     def _refuse_too_few_rows(self) -> None:
         """Say which data is missing; verl divides by zero or fails in a sampler."""
@@ -62,11 +65,7 @@ class DrawsPrompts:
             prompt.row["uid"] = self._next_uid(prompt.id)
         with self.clock():
             self.plugins.hook.prepare_prompts(run=self.run, prompts=Prompts(prompts))
-        columns = collate_fn([prompt.row for prompt in prompts])
-        for name, values in columns.items():
-            if len(values) != len(prompts):
-                raise DataError(f"prepare_prompts: column {name!r} was set on {len(values)} of {len(prompts)} prompts")
-        batch = tu.get_tensordict(dict(columns))
+        batch = tu.get_tensordict(_collate(prompts, "prepare_prompts"))
         tu.assign_non_tensor_data(batch, "global_steps", self.global_steps)
         return batch
 
@@ -100,3 +99,31 @@ class DrawsPrompts:
         step, drawn = self._draws
         self._draws = (self.global_steps, drawn + 1 if step == self.global_steps else 0)
         return prompt_uid(prompt_id, *self._draws)
+
+
+class _Prepared:
+    """verl's loader of validation prompts, each batch edited before verl sees it."""
+
+    def __init__(self, loader: Iterable[dict[str, Any]], edit: Callable[[Prompts], None]) -> None:
+        self._loader, self._edit = loader, edit
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        count = 0
+        for columns in self._loader:
+            rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+            prompts = [Prompt(count + place, row) for place, row in enumerate(rows)]
+            count += len(prompts)
+            self._edit(Prompts(prompts))
+            yield _collate(prompts, "prepare_validation")
+
+
+def _collate(prompts: Sequence[Prompt], stage: str) -> dict[str, Any]:
+    """The prompts' columns as verl's loader gives them."""
+    columns = dict(collate_fn([prompt.row for prompt in prompts]))
+    for name, values in columns.items():
+        if len(values) != len(prompts):
+            raise DataError(f"{stage}: column {name!r} was set on {len(values)} of {len(prompts)} prompts")
+    return columns

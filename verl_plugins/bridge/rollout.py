@@ -23,7 +23,8 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorke
 from verl_plugins.bridge import census
 from verl_plugins.bridge.defaults import WorkerDefaults
 from verl_plugins.bridge.queue import prompt_id_of
-from verl_plugins.bridge.rows import MAX_TOKENS, ROLLOUT_N, Publisher, RewardBatcher, Row, session_rows
+from verl_plugins.bridge.rows import MAX_TOKENS, PREFILL, ROLLOUT_N, Publisher, RewardBatcher, Row, session_rows
+from verl_plugins.errors import DataError
 from verl_plugins.services import Prompt, Rollout
 
 SINGLE_TURN = "single_turn_agent"
@@ -39,6 +40,18 @@ class _Session:
     columns: dict[str, Any]
 
 
+class _SingleTurn(SingleTurnAgentLoop):
+    """verl's single-turn loop, with a text of the prompt's own behind the prompt."""
+
+    prefill = ""
+
+    async def ct_build_initial_tokens(self, *args: Any, **kwargs: Any) -> list[int]:
+        ids = await super().ct_build_initial_tokens(*args, **kwargs)
+        if not self.prefill:
+            return ids
+        return self._cap_text_prompt_length(ids + self.tokenizer(self.prefill, add_special_tokens=False)["input_ids"])
+
+
 class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
     """Generates the groups of the prompts it is given."""
 
@@ -50,7 +63,7 @@ class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
         self.plugins.add_fallback(WorkerDefaults())
         self._scorer = RewardBatcher(self.reward_loop_worker_handles)
         self._publisher = Publisher()
-        self._single_turn: SingleTurnAgentLoop | None = None
+        self._single_turn: _SingleTurn | None = None
 
     def _seeds_requests(self) -> bool:
         """Whether every request has a seed of its own.
@@ -93,9 +106,12 @@ class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
     async def _run_agent_loop(self, sampling_params: dict, trajectory: dict, *, agent_name: str, **columns: Any) -> Any:
         """verl's own, except that its single-turn loop is set up once and copied instead of made from its settings."""
         if agent_name != SINGLE_TURN:
+            if columns.get(PREFILL):
+                who = f"prompt {columns['uid']} with the agent loop {agent_name!r}"
+                raise DataError(f"{who}: only {SINGLE_TURN!r} can begin answers (Prompt.prefill)")
             return await super()._run_agent_loop(sampling_params, trajectory, agent_name=agent_name, **columns)
         if self._single_turn is None:
-            self._single_turn = SingleTurnAgentLoop(
+            self._single_turn = _SingleTurn(
                 trainer_config=DictConfigWrap(config=self.config),
                 server_manager=self.llm_client,
                 tokenizer=self.tokenizer,
@@ -106,7 +122,9 @@ class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
                 tools=ToolListWrap(self.tools),
             )
         columns.pop("trace", None)
-        output = await copy.copy(self._single_turn).run(sampling_params, **columns)
+        loop = copy.copy(self._single_turn)
+        loop.prefill = columns.get(PREFILL, "")
+        output = await loop.run(sampling_params, **columns)
         return await self._agent_loop_postprocess(output, trajectory["validate"], **columns)
 
     async def _agent_loop_postprocess(self, output: Any, validate: bool, **columns: Any) -> _Session | None:

@@ -28,8 +28,10 @@ VERDICT = "verdict"
 """Column with the reward function's `acc`, or the score where it gives none: `Batch.correct` reads it."""
 ROLLOUT_N, MAX_TOKENS = "__rollout_n__", "__max_tokens__"
 """verl's columns of a prompt's own group size and budget; here every row has them, as what was asked for it."""
+PREFILL = "__prefill__"
+"""The text `Prompt.prefill` puts behind a prompt; its tokens are in the prompts that are stored."""
 USELESS = ("prompt", "dummy_tensor", "metrics", "tools_kwargs", "interaction_kwargs", "mm_processor_output")
-USELESS += ("mm_processor_kwargs",)
+USELESS += ("mm_processor_kwargs", PREFILL)
 """Columns the trainer never reads: each costs as much to store as a tensor."""
 
 

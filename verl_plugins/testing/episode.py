@@ -114,6 +114,8 @@ class Episode:
         rows, full = self._shaped(run, rows)
         rows, put = self._estimated(run, rows, full)
         self._actor.update(step, rows, put | full.written.keys(), self._width)
+        if "prepare_validation" in self._own:
+            self._validate(run)
         if "on_step_end" in self._own:
             metrics = {
                 "training/global_step": float(step),
@@ -129,6 +131,13 @@ class Episode:
                 ),
             }
             self._driver("on_step_end", run, metrics=metrics)
+
+    def _validate(self, run: FakeRun) -> None:
+        """A few prompts that are not trained on."""
+        prompts = [Prompt(place, copy.deepcopy(self._world.dataset[place])) for place in range(4)]
+        self._driver("prepare_validation", run, prompts=Prompts(prompts))
+        for prompt in prompts:
+            self.recorder.note(run.step, "prepare_validation", f"the row of prompt {prompt.id}", prompt.row)
 
     def _run(self, step: int) -> FakeRun:
         size = len(self._world.dataset)
