@@ -125,6 +125,22 @@ def demo(out: Out = None) -> None:
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="[LABEL=]FOLDER…", help="Run folders.")],
+    out: Annotated[Path, typer.Option(help="Folder for curves.png and index.html.")] = Path("comparison"),
+    metric: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="KEY", help="Draw this metric, too; may be repeated."),
+    ] = None,
+) -> None:
+    """Draw accuracy, reward, entropy and length of several runs; seeds of one configuration become one band."""
+    from verl_plugins.compare import compare as draw
+
+    for file in draw(runs, out, metric or ()):
+        typer.echo(file)
+
+
+@app.command()
 def doctor(
     ray: Annotated[bool, typer.Option("--ray", help="Start a worker of each kind on each node and compare.")] = False,
     address: Annotated[Optional[str], typer.Option(help="With --ray: a running cluster.")] = None,  # noqa: UP045

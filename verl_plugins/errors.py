@@ -3,7 +3,8 @@
 PluginError
 ├── CompositionError   recipe, plugins, settings or data do not fit together; raised before any process starts
 ├── DataError          a batch holds what a method cannot use (NaN reward, missing field, ±1 where 0/1 is needed)
-└── StateError         a checkpoint's plugin state does not belong to this run
+├── StateError         a checkpoint's plugin state does not belong to this run
+└── RunError           a folder that is no run, or a run that lacks what is asked of it
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ class DataError(PluginError):
 
 class StateError(PluginError):
     """Saved plugin state does not belong to this run."""
+
+
+class RunError(PluginError):
+    """A folder is no run, or a run lacks what is asked of it."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
