@@ -114,6 +114,10 @@ def reweighted(steps: Steps, _: Sequence[tuple[int, dict]]) -> float | None:
 
 COLLAPSE = ("actor_rollout_ref.actor.ppo_mini_batch_size=4", "actor_rollout_ref.actor.optim.lr=3e-4")
 """Four updates per batch at six times the preset's rate, where the entropy of grpo is to collapse within 45 steps."""
+EPO = ("actor_rollout_ref.actor.entropy_coeff=0.02", "actor_rollout_ref.actor.use_kl_loss=false")
+EPO += ("plugins.epo.min_ratio=0.8", "plugins.epo.max_ratio=1.2", "plugins.epo.out_range_penalty=1.0")
+EPO += ("plugins.epo.schedule=constant",)
+"""A band and a penalty that can be seen in 45 steps, and no KL term, which grpo has not either."""
 ACCURACY = [Measure("held-out before", held_out(0)), Measure("held-out after", held_out(-1))]
 EFFECTS = {
     "vade": Effect(
@@ -301,6 +305,22 @@ EFFECTS = {
             *ACCURACY,
         ],
         common=("actor_rollout_ref.actor.ppo_mini_batch_size=4",),
+    ),
+    "epo": Effect(
+        {
+            "grpo": ["grpo"],
+            "bonus 0.02": ["grpo", "actor_rollout_ref.actor.entropy_coeff=0.02"],
+            "epo, bonus 0.02, hinge": ["epo", *EPO],
+            "epo, bonus 0.02, indicator": ["epo", *EPO, "plugins.epo.smooth_form=indicator"],
+        },
+        [
+            Measure("entropy, first 5", mean_of("actor/entropy", 0, 5)),
+            Measure("entropy, last 5", mean_of("actor/entropy", -5)),
+            Measure("variance of entropy", step_variance("actor/entropy")),
+            Measure("inside the band", mean_of("plugins/epo/within_band_fraction")),
+            *ACCURACY,
+        ],
+        common=COLLAPSE,
     ),
     "siri": Effect(
         {

@@ -23,6 +23,7 @@ BY_CHANCE = "as in the authors' code, candidates are numbered in row order and d
 PER_CALL = "as in the authors' code, means, counts and draws are per micro-batch; scope: batch does without"
 TRUST_REGION = "as in the authors' code, the drift that is penalised is the mean of the micro-batch"
 SUMS_PER_ROW = Scenario(overrides={"actor_rollout_ref.actor.loss_agg_mode": "seq-mean-token-sum"})
+WITH_BONUS = Scenario(overrides={"actor_rollout_ref.actor.entropy_coeff": 0.001})
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "grpo": [{"config": {"scale": "none"}}],
     "mc_grpo": [
@@ -70,6 +71,16 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"config": {"map": "linear", "scope": "batch"}},
     ],
     "dcpo": [{}, {"config": {"entropy_source": "previous_mc", "entropy_base": 0.5}}],
+    "epo": [
+        {"scenario": WITH_BONUS, "config": {"schedule": "constant", "max_ratio": 1.2}},
+        {"scenario": WITH_BONUS, "config": {"smooth_mode": "sequence", "gate_scope": "row", "gate_turn": 0}},
+        {
+            "scenario": WITH_BONUS,
+            "config": {"smooth_form": "indicator", "history": "left_padded", "min_ratio": 0.8, "max_ratio": 1.2},
+            "except_for": {"gradient.loss_terms": "the authors' form has no gradient"},
+        },
+        {"config": {"smooth_form": "mask_pg", "max_ratio": 1.2, "schedule": "exp"}},
+    ],
     "progrpo": [{}, {"config": {"prompt_scope": "low", "skip_all_correct": True}}],
     "copo": [{}, {"config": {"form": "two_losses", "gate": "soft", "reward_coefficient": True}}],
     "drpo": [
