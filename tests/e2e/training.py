@@ -13,7 +13,7 @@ from typing import Any
 from verl_plugins.cpu.demo import read_metrics
 
 COMMAND = Path(sys.executable).with_name("verl-plugins")
-TIMEOUT = 400
+TIMEOUT = 800
 SHORT = ("trainer.val_before_train=false", "trainer.test_freq=-1")
 
 
