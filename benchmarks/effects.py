@@ -128,6 +128,14 @@ EFFECTS = {
             *ACCURACY,
         ],
     ),
+    "mopps": Effect(
+        {"grpo (uniform)": ["grpo"], "mopps": ["mopps"], "mopps, pool of 4": ["mopps", "plugins.mopps.pool_ratio=4"]},
+        [
+            Measure("mixed groups, all steps", mean_of("health/mixed_groups")),
+            Measure("mixed groups, last 15", mean_of("health/mixed_groups", -15)),
+            *ACCURACY,
+        ],
+    ),
     "clip_cov": Effect(
         {
             "grpo": ["grpo"],

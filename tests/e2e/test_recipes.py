@@ -248,6 +248,31 @@ class TestVade:
         assert len({prompt_id for prompt_id, _, _ in draws}) > 2 * PROMPTS
 
 
+class TestMopps:
+    """Recipe mopps, mode colocate_async, in pools twice the batch: two pools a pass, and none is asked twice in one."""
+
+    def test_trains(self, out: Path) -> None:
+        folder = out / "mopps"
+        training = train(
+            "mopps",
+            folder,
+            *SHORT,
+            "trainer.v1.trainer_mode=colocate_async",
+            "trainer.total_training_steps=2",
+            f"trainer.rollout_data_dir={folder / 'rollouts'}",
+            "plugins.mopps.pool_ratio=2",
+        )
+        healthy(training, 2, on_policy=False)
+        for step in training.steps:
+            found = ours(step, "mopps")
+            assert found["effective_ratio"] == pytest.approx(step["health/mixed_groups"])
+            assert found["passes"] == 1
+            assert abs(found["theta_selected_mean"] - 0.5) < 0.2
+            assert found["evidence_mass_mean"] == pytest.approx(step["step"] * PROMPTS * 8 / ROWS_OF_DATASET)
+        prompts = [prompt_id for prompt_id, _, _ in training.draws()]
+        assert len(prompts) == len(set(prompts)) == 2 * PROMPTS
+
+
 class TestColocateAsync:
     """Recipes vade and clip_cov combined, mode colocate_async: rollouts run ahead of the updates."""
 

@@ -43,6 +43,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"config": {"quantiles": "mix", "mean_baseline": True, "credit": "score"}},
     ],
     "vade": [{}, {"config": {"mode": "greedy", "score": "variance"}}, {"config": {"metric": "acc"}}],
+    "mopps": [{}, {"config": {"strategy": "threshold", "pool_ratio": 2, "decay": 0.5}}, {"config": {"metric": "acc"}}],
     "clip_cov": [
         {
             "config": {"clip_cov_ratio": 0.1, "clip_cov_lb": 0.01},

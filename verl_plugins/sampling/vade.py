@@ -75,10 +75,15 @@ def select(theta: np.ndarray, eligible: np.ndarray | None, count: int, score: st
         available = int(np.count_nonzero(eligible))
     if available < count:
         raise DataError(f"vade: {count} prompts are to be selected, and only {available} of {len(gain)} are eligible")
-    threshold = np.partition(gain, len(gain) - count)[len(gain) - count] if count else np.inf
-    better, equal = np.flatnonzero(gain > threshold), np.flatnonzero(gain == threshold)
-    ids = np.concatenate([better, equal[: count - len(better)]])
-    return ids[np.lexsort((ids, -gain[ids]))]
+    return largest(gain, count)
+
+
+def largest(values: np.ndarray, count: int) -> np.ndarray:
+    """The places of the `count` largest of values [N], largest first, equal ones by lower place."""
+    threshold = np.partition(values, len(values) - count)[len(values) - count] if count else np.inf
+    better, equal = np.flatnonzero(values > threshold), np.flatnonzero(values == threshold)
+    places = np.concatenate([better, equal[: count - len(better)]])
+    return places[np.lexsort((places, -values[places]))]
 
 
 def count_outcomes(
@@ -91,6 +96,59 @@ def count_outcomes(
     ids, place = np.unique(prompt_id[counted], return_inverse=True)
     right = np.bincount(place, correct[counted], minlength=len(ids))
     return ids, right, np.bincount(place, minlength=len(ids))
+
+
+def evidence(batch: Batch, metric: str | None, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What a batch says of its prompts, see `count_outcomes`: one verdict per session, from its last output."""
+    correct = batch.correct if metric is None else torch.as_tensor(batch.extra(metric)) >= threshold
+    return count_outcomes(batch.prompt_id.numpy(), correct.numpy(), batch.is_last.numpy())
+
+
+def refuse_unknown(who: str, ids: np.ndarray, prompts: int) -> None:
+    """DataError unless ids, in ascending order, are all below the number of prompts."""
+    if len(ids) and not 0 <= ids[0] <= ids[-1] < prompts:
+        raise DataError(f"{who}: prompt ids {ids[0]} to {ids[-1]} are not all among the {prompts} of the dataset")
+
+
+def outcome_shares(correct: np.ndarray, n: np.ndarray) -> tuple[float, float, float]:
+    """Of [k] prompts with right and all responses: the shares of mixed, all wrong and all right ones."""
+    none, every = correct == 0, correct == n
+    return float((~none & ~every).mean()), float(none.mean()), float(every.mean())
+
+
+def log_correlation(run: Run, predicted: np.ndarray, observed: np.ndarray) -> None:
+    """Belief against outcome over [k] prompts, where both vary."""
+    if predicted.std() > 0 and observed.std() > 0:
+        run.log({"predicted_vs_observed_corr": float(np.corrcoef(predicted, observed)[0, 1])})
+
+
+def read_outcomes(who: str, path: str, prompts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Prompt ids, right and all responses [k] of a JSON file {prompt id: [correct, total]}; DataError if impossible."""
+    known = json.loads(Path(path).read_text(encoding="utf-8"))
+    ids = np.array(list(known), dtype=np.int64)
+    correct, total = np.array(list(known.values()), dtype=np.float64).reshape(-1, 2).T
+    if ((ids < 0) | (ids >= prompts) | (correct < 0) | (correct > total)).any():
+        raise DataError(
+            f"{who}: init_from {path!r} must map prompt ids below {prompts} to [correct, total] with "
+            "0 <= correct <= total"
+        )
+    return ids, correct, total
+
+
+def check_evidence(who: str, settings: Any, config: DictConfig) -> None:
+    """CompositionError where outcomes would not reach the belief, or its settings `metric`, `init_from` are wrong."""
+    if OmegaConf.select(config, "algorithm.filter_groups.enable"):
+        raise CompositionError(
+            f"plugins.{who} learns from the groups that algorithm.filter_groups throws away before they reach it; "
+            "set algorithm.filter_groups.enable=false"
+        )
+    if settings.metric is None and settings.correct_threshold != 0.5:
+        raise CompositionError(
+            f"plugins.{who}.correct_threshold={settings.correct_threshold} needs a value to compare with; "
+            f"set plugins.{who}.metric to a part of the reward"
+        )
+    if settings.init_from and not Path(settings.init_from).is_file():
+        raise CompositionError(f"plugins.{who}.init_from={settings.init_from!r} is not a file")
 
 
 def decay_and_add(
@@ -137,18 +195,7 @@ class Vade(Plugin):
         self.step = 0
 
     def check(self, config: DictConfig) -> None:
-        if OmegaConf.select(config, "algorithm.filter_groups.enable"):
-            raise CompositionError(
-                "plugins.vade learns from the groups that algorithm.filter_groups throws away before they reach it; "
-                "set algorithm.filter_groups.enable=false"
-            )
-        if self.config.metric is None and self.config.correct_threshold != 0.5:
-            raise CompositionError(
-                f"plugins.vade.correct_threshold={self.config.correct_threshold} needs a value to compare with; "
-                "set plugins.vade.metric to a part of the reward"
-            )
-        if self.config.init_from and not Path(self.config.init_from).is_file():
-            raise CompositionError(f"plugins.vade.init_from={self.config.init_from!r} is not a file")
+        check_evidence(self.name, self.config, config)
 
     @hookimpl
     def select_prompts(self, run: Run, count: int) -> np.ndarray:
@@ -176,34 +223,28 @@ class Vade(Plugin):
     def observe(self, run: Run, batch: Batch) -> None:
         self._prepare(len(run.dataset))
         ids, correct, n = self.evidence(batch.full)
-        if len(ids) and not 0 <= ids[0] <= ids[-1] < len(self.alpha):
-            raise DataError(
-                f"vade: prompt ids {ids[0]} to {ids[-1]} are not all among the {len(self.alpha)} of the dataset"
-            )
-        predicted, observed = posterior_mean(self.alpha[ids], self.beta[ids]), correct / n
+        refuse_unknown(self.name, ids, len(self.alpha))
+        predicted = posterior_mean(self.alpha[ids], self.beta[ids])
         decay_and_add(
             self.alpha, self.beta, ids, correct, n, self.config.lambda_selected, self.config.lambda_unselected
         )
         self.step = run.step
         mass = self.alpha + self.beta
+        mixed, none, every = outcome_shares(correct, n)
         run.log(
             {
-                "effective_ratio": float(((correct > 0) & (correct < n)).mean()),
-                "solve_none": float((correct == 0).mean()),
-                "solve_all": float((correct == n).mean()),
+                "effective_ratio": mixed,
+                "solve_none": none,
+                "solve_all": every,
                 "seen_fraction": np.count_nonzero(mass) / len(mass),
                 "evidence_mass_mean": float(mass.mean()),
             }
         )
-        if predicted.std() > 0 and observed.std() > 0:
-            run.log({"predicted_vs_observed_corr": float(np.corrcoef(predicted, observed)[0, 1])})
+        log_correlation(run, predicted, correct / n)
 
     def evidence(self, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What a batch says of its prompts, see `count_outcomes`: one verdict per session, from its last output."""
-        correct = batch.correct
-        if self.config.metric is not None:
-            correct = torch.as_tensor(batch.extra(self.config.metric)) >= self.config.correct_threshold
-        return count_outcomes(batch.prompt_id.numpy(), correct.numpy(), batch.is_last.numpy())
+        """See the function of this name."""
+        return evidence(batch, self.config.metric, self.config.correct_threshold)
 
     def _eligible(self, run: Run) -> np.ndarray | None:
         in_flight = run.in_flight()
@@ -217,21 +258,11 @@ class Vade(Plugin):
         if not len(self.alpha):
             self.alpha, self.beta = np.zeros(prompts), np.zeros(prompts)
             if self.config.init_from:
-                self._add_known(self.config.init_from)
+                ids, correct, total = read_outcomes(self.name, self.config.init_from, prompts)
+                self.alpha[ids] = self.config.init_weight * correct
+                self.beta[ids] = self.config.init_weight * (total - correct)
         if len(self.alpha) != prompts:
             raise StateError(f"vade: the saved state has {len(self.alpha)} prompts, the dataset {prompts}")
-
-    def _add_known(self, path: str) -> None:
-        known = json.loads(Path(path).read_text(encoding="utf-8"))
-        ids = np.array(list(known), dtype=np.int64)
-        correct, total = np.array(list(known.values()), dtype=np.float64).reshape(-1, 2).T
-        if ((ids < 0) | (ids >= len(self.alpha)) | (correct < 0) | (correct > total)).any():
-            raise DataError(
-                f"vade: init_from {path!r} must map prompt ids below {len(self.alpha)} to [correct, total] "
-                "with 0 <= correct <= total"
-            )
-        self.alpha[ids] = self.config.init_weight * correct
-        self.beta[ids] = self.config.init_weight * (total - correct)
 
     def state_dict(self) -> dict[str, Any]:
         return {"alpha": self.alpha, "beta": self.beta, "selected": self.selected, "step": self.step}

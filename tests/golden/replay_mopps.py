@@ -1,0 +1,35 @@
+"""MoPPS: the plugin's own hooks on a pool that is given, with draws that are given."""
+
+from types import SimpleNamespace
+
+import numpy as np
+from cases import Case
+from fakes import FakeDataset, FakeRun
+from replay_vade import batch_of
+
+from verl_plugins.sampling.mopps import Mopps
+
+SETTINGS = ("decay", "strategy", "prior_alpha", "prior_beta", "target", "lower", "upper")
+
+
+def replay(case: Case, expected: dict) -> dict:
+    op = case.param("op")
+    assert op == "select_then_update", f"unknown op {op!r}"
+    ids, alpha, beta, theta, rate = (
+        np.array(case.input(name)) for name in ("candidate_ids", "alpha", "beta", "theta", "success_rate_if_selected")
+    )
+    count, n = case.param("batch_size"), case.param("group_size")
+    plugin = Mopps(Mopps.Config(**{name: case.param(name) for name in SETTINGS}))
+    run = FakeRun(dataset=FakeDataset(int(ids.max()) + 1))
+    plugin._prepare(len(run.dataset))
+    plugin.right[ids] = alpha - plugin.config.prior_alpha
+    plugin.wrong[ids] = beta - plugin.config.prior_beta
+    plugin._next_pool = lambda run, count: ids
+    own = run.rng
+    run.rng = lambda name: SimpleNamespace(beta=lambda a, b: theta) if name == "theta" else own(name)
+    selected = plugin.select_prompts(run, count)
+    correct = np.round(rate[np.searchsorted(ids, selected)] * n).astype(int)
+    plugin.observe(run, batch_of(selected, correct, n))
+    belief = plugin._belief(ids)
+    within = case.param("strategy") == "threshold"  # there the order means nothing
+    return {"selected_ids": np.sort(selected) if within else selected, "alpha": belief[0], "beta": belief[1]}
