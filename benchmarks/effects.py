@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import math
 import re
 import statistics
 import subprocess
@@ -104,6 +105,22 @@ def advantage_variance(steps: Steps, _: Sequence[tuple[int, dict]]) -> float:
     )
 
 
+def law_at_half(key: str) -> Callable:
+    """A number of the entropy law as it was after half of the steps; None where there was none."""
+    return lambda steps, _: steps[len(steps) // 2 - 1].get(f"plugins/entropy_law/{key}")
+
+
+def law_error(steps: Steps, validations: Sequence[tuple[int, dict]]) -> float | None:
+    """How far the law of the first half is from the scores of the second: root mean square."""
+    half = len(steps) // 2
+    a, b = (law_at_half(key)(steps, validations) for key in ("a", "b"))
+    entropy = {step["step"]: step["plugins/entropy_law/entropy"] for step in steps}
+    later = [(entropy[step + 1], metrics) for step, metrics in validations if half <= step < len(steps)]
+    if a is None or not later:
+        return None
+    return statistics.fmean((validation_accuracy(found) - b + a * math.exp(h)) ** 2 for h, found in later) ** 0.5
+
+
 def reweighted(steps: Steps, _: Sequence[tuple[int, dict]]) -> float | None:
     """Share of groups whose weight ADORA changed: the advantageous ones where these are scaled up, else the others."""
     if "plugins/adora/frac_tas" not in steps[0]:
@@ -118,6 +135,7 @@ EPO = ("actor_rollout_ref.actor.entropy_coeff=0.02", "actor_rollout_ref.actor.us
 EPO += ("plugins.epo.min_ratio=0.8", "plugins.epo.max_ratio=1.2", "plugins.epo.out_range_penalty=1.0")
 EPO += ("plugins.epo.schedule=constant",)
 """A band and a penalty that can be seen in 45 steps, and no KL term, which grpo has not either."""
+LAW = ("+plugins.entropy_law.min_points=5", "trainer.test_freq=2")
 ACCURACY = [Measure("held-out before", held_out(0)), Measure("held-out after", held_out(-1))]
 EFFECTS = {
     "vade": Effect(
@@ -329,6 +347,18 @@ EFFECTS = {
             *ACCURACY,
         ],
         common=COLLAPSE,
+    ),
+    "entropy_law": Effect(
+        {"grpo": ["grpo"], "clip_cov": ["clip_cov"], "bonus 0.02": ["grpo", EPO[0]]},
+        [
+            Measure("ceiling at half", law_at_half("ceiling")),
+            Measure("r2 at half", law_at_half("r2")),
+            Measure("error in the second half", law_error),
+            Measure("entropy, last 5", mean_of("actor/entropy", -5)),
+            *ACCURACY,
+        ],
+        common=(*COLLAPSE, *LAW),
+        steps=60,
     ),
     "siri": Effect(
         {

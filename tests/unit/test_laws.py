@@ -82,6 +82,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         },
         {"config": {"smooth_form": "mask_pg", "max_ratio": 1.2, "schedule": "exp"}},
     ],
+    "entropy_law": [{"scenario": Scenario(overrides={"trainer.test_freq": 1})}],
     "progrpo": [{}, {"config": {"prompt_scope": "low", "skip_all_correct": True}}],
     "copo": [{}, {"config": {"form": "two_losses", "gate": "soft", "reward_coefficient": True}}],
     "drpo": [

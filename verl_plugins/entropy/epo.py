@@ -85,8 +85,9 @@ def phase_weight(step: int, steps: int) -> float:
 
 def outside_by(entropy: Tensor, reference: Tensor, low: float, high: float) -> Tensor:
     """relu(low Hbar - H) + relu(H - high Hbar), 0 where Hbar is 0."""
-    below, above = (low * reference - entropy).clamp(min=0), (entropy - high * reference).clamp(min=0)
-    return (below + above) * reference.sign()
+    # By the distance from the middle of the band: one relu, half of the passes.
+    beyond = torch.relu((entropy - (low + high) / 2 * reference).abs() - (high - low) / 2 * reference)
+    return beyond * reference.sign()
 
 
 def outside(entropy: Tensor, reference: Tensor, low: float, high: float) -> Tensor:
@@ -198,18 +199,19 @@ class Epo(Plugin):
         if self.config.smooth_form == "mask_pg":
             return None
         measure = outside_by if self.config.smooth_form == "hinge" else outside
-        penalty = self.config.out_range_penalty * self._compared(measure, tokens, tokens.entropy) * self._gate(tokens)
-        self._log_loss(tokens, penalty)
-        return {"epo_smooth": tokens.config.entropy_coeff * self.config.smooth_coeff * penalty}
+        distance = self._compared(measure, tokens, tokens.entropy)
+        weight = self.config.out_range_penalty * self._gate(tokens)
+        self._log_loss(tokens, distance, weight)
+        return {"epo_smooth": distance * (tokens.config.entropy_coeff * self.config.smooth_coeff * weight)}
 
     @hookimpl(wrapper=True)
     def policy_loss(self, tokens: Tokens) -> Generator[None, Tensor, Tensor]:
         losses = yield
         if self.config.smooth_form != "mask_pg":
             return losses
-        far = self._compared(outside, tokens, tokens.entropy.detach()) * self._gate(tokens).sign()
-        self._log_loss(tokens, far)
-        return losses * (1 - (1 - self.config.out_range_penalty) * far)
+        far, opened = self._compared(outside, tokens, tokens.entropy.detach()), self._gate(tokens).sign()
+        self._log_loss(tokens, far, opened)
+        return losses * (1 - (1 - self.config.out_range_penalty) * opened * far)
 
     def _compared(self, measure: Callable[..., Tensor], tokens: Tokens, entropy: Tensor) -> Tensor:
         """`outside` or `outside_by` of every token, or of the means of its response, [rows,T]."""
@@ -226,17 +228,22 @@ class Epo(Plugin):
         return gate[:, None] if self.config.gate_scope == "row" else gate.max()
 
     @torch.no_grad()
-    def _log_loss(self, tokens: Tokens, penalty: Tensor) -> None:
-        mask = tokens.response_mask.view(torch.uint8).to(penalty.dtype)
-        far = self._compared(outside_by, tokens, tokens.entropy).sign()
-        rows = mask.amax(1)
-        opened = self._gate(tokens).sign().flatten() * rows
-        values = (mask.sum(), rows.sum(), (far * mask).sum(), (penalty * mask).sum(), opened.sum())
+    def _log_loss(self, tokens: Tokens, distance: Tensor, weight: Tensor) -> None:
+        mask = tokens.response_mask.view(torch.uint8).to(distance.dtype)
+        count, beyond = mask.sum(1), distance * mask
+        weight = weight.expand(len(mask), 1)[:, 0]
+        values = (
+            count.sum(),
+            beyond.sign().sum(),
+            (beyond.sum(1) * weight).sum(),
+            count.sign().sum(),
+            (count * weight).sign().sum(),
+        )
         # One transfer from the device for all of them.
-        count, rows, far, total, opened = torch.stack([value.double() for value in values]).tolist()
+        count, far, penalty, rows, opened = torch.stack([value.double() for value in values]).tolist()
         if count:
             tokens.log(
-                {"within_band_fraction": 1 - far / count, "penalty": total / count, "gate_open_share": opened / rows}
+                {"within_band_fraction": 1 - far / count, "penalty": penalty / count, "gate_open_share": opened / rows}
             )
 
     def state_dict(self) -> dict[str, Any]:
