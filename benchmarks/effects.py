@@ -196,6 +196,7 @@ EFFECTS = {
         ],
     ),
     "a_grae": Effect(
+        steps=30,
         {"grpo": ["grpo"], "a_grae": ["a_grae"]},
         [
             Measure("omega, first 5", mean_of("health/accuracy", 0, 5)),
@@ -206,6 +207,7 @@ EFFECTS = {
         ],
     ),
     "adora": Effect(
+        steps=30,
         {"grpo": ["grpo"], "adora": ["adora"], "adora, paper_llm": ["adora", "plugins.adora.variant=paper_llm"]},
         [
             Measure("re-weighted", reweighted),
@@ -214,6 +216,7 @@ EFFECTS = {
         ],
     ),
     "riskpo": Effect(
+        steps=30,
         {
             "grpo": ["grpo"],
             "riskpo, bundles of 4": ["riskpo", "plugins.riskpo.bundle_size=4"],
@@ -228,6 +231,7 @@ EFFECTS = {
         ],
     ),
     "progrpo": Effect(
+        steps=30,
         {
             "grpo": ["grpo"],
             "progrpo (alpha 0.3)": ["progrpo"],
@@ -241,6 +245,7 @@ EFFECTS = {
         ],
     ),
     "copo": Effect(
+        steps=30,
         {
             "grpo": ["grpo"],
             "copo (soft-with-zero)": ["copo"],
@@ -254,6 +259,7 @@ EFFECTS = {
         ],
     ),
     "drpo": Effect(
+        steps=30,
         {"grpo": ["grpo"], "drpo": ["drpo"], "drpo, Lambda 1": ["drpo", "plugins.drpo.length_temperature=1.0"]},
         [
             Measure("length of right answers, first 3", mean_where_known("health/length_right", 0, 3)),

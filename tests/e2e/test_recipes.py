@@ -507,13 +507,13 @@ class TestPromptAugmentation:
 
 
 class TestSiri:
-    """Recipe siri, mode colocate_async: budgets of 1 and 16 tokens in turn, validated after every step."""
+    """Recipes siri and vade combined, mode colocate_async: budgets of 1 and 16 tokens in turn, validated every step."""
 
     @pytest.fixture(scope="class")
     def siri(self, out: Path) -> Training:
         folder = out / "siri"
         return train(
-            "siri",
+            "siri+vade",
             folder,
             "trainer.v1.trainer_mode=colocate_async",
             "trainer.total_training_steps=3",
