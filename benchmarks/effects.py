@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import hinted_sums
 import worked_sums
 
 from verl_plugins.cpu.demo import read_metrics, validation_accuracy
@@ -31,6 +32,7 @@ from verl_plugins.cpu.task import TaskSettings
 Steps = Sequence[dict]
 SUM = re.compile(r"\b\d(\+\d)+=")
 """A prompt of the CPU task."""
+HINTS = ("plugins.sage.hint_max_tokens=40", f"plugins.sage.wording={hinted_sums.WORDING}")
 SHORT_TEMPLATES = Path(__file__).with_name("short_templates.yaml")
 
 
@@ -319,6 +321,17 @@ EFFECTS = {
             *ACCURACY,
         ],
         common=COLLAPSE,
+    ),
+    "sage": Effect(
+        {"grpo": ["grpo"], "sage": ["sage", *HINTS], "sage-light": ["sage", *HINTS, "plugins.sage.variant=sage-light"]},
+        [
+            Measure("groups with a success", lambda steps, _: 1 - mean_of("health/all_wrong_groups")(steps, _)),
+            Measure("extra responses per failed group", mean_where_known("plugins/sage/extra_rollouts")),
+            *(Measure(f"level {level} before", level_accuracy(level, 0)) for level in (2, 3)),
+            *(Measure(f"level {level} after", level_accuracy(level)) for level in (2, 3)),
+            *ACCURACY,
+        ],
+        prepare=hinted_sums.prepare,
     ),
     "prompt_augmentation": Effect(
         {

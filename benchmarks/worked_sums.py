@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
 from verl_plugins.cpu.model import make_model, make_tokenizer
-from verl_plugins.cpu.task import TaskSettings, all_sums, split_sums, write_task
+from verl_plugins.cpu.task import Sum, TaskSettings, all_sums, split_sums, write_task
 
 STEPS, BATCH, RATE = 400, 64, 2e-3
 REPEATS, ERRS = 0.6, 0.1
@@ -38,7 +39,7 @@ def prepare(folder: Path) -> list[str]:
     if not (folder / "model").is_dir():
         write_task(folder, TaskSettings())
         tokenizer, model = make_tokenizer(), make_model()
-        warm_up(model, tokenizer)
+        warm_up(model, tokenizer, lessons())
         tokenizer.save_pretrained(folder / "unfinished")
         model.save_pretrained(folder / "unfinished")
         (folder / "unfinished").rename(folder / "model")
@@ -53,19 +54,31 @@ def prepare(folder: Path) -> list[str]:
     ]
 
 
-def warm_up(model: torch.nn.Module, tokenizer) -> None:
-    """Next-token prediction of the teacher's answers to prompts that are not held out."""
-    rng = random.Random(0)
+def not_held_out() -> list[Sum]:
+    """The sums that may be taught."""
     held_out = set(split_sums(TaskSettings())[1])
-    prompts = [item.prompt for item in all_sums(TaskSettings()) if item not in held_out]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, cycle_momentum=False)
-    torch.set_num_threads(1)
+    return [item for item in all_sums(TaskSettings()) if item not in held_out]
+
+
+def lessons() -> Iterator[list[tuple[str, str]]]:
+    """Batches of prompts and the teacher's answers."""
+    rng, prompts = random.Random(0), [item.prompt for item in not_held_out()]
     for _ in range(STEPS):
+        yield [(prompt, worked(prompt, rng)) for prompt in rng.choices(prompts, k=BATCH)]
+
+
+def warm_up(
+    model: torch.nn.Module, tokenizer, batches: Iterable[list[tuple[str, str]]], steps: int = STEPS, longest: int = 40
+) -> None:
+    """Next-token prediction of answers, cut at `longest` tokens, to prompts."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, cycle_momentum=False)
+    torch.set_num_threads(1)
+    for batch in batches:
         rows, starts = [], []
-        for prompt in rng.choices(prompts, k=BATCH):
-            start, answer = tokenizer(prompt).input_ids, tokenizer(worked(prompt, rng)).input_ids
-            rows.append([*start, *[*answer, tokenizer.eos_token_id][:40]])
+        for prompt, answer in batch:
+            start, target = tokenizer(prompt).input_ids, tokenizer(answer).input_ids
+            rows.append([*start, *[*target, tokenizer.eos_token_id][:longest]])
             starts.append(len(start))
         length = max(map(len, rows))
         ids = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows])

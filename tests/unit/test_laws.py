@@ -24,6 +24,7 @@ PER_CALL = "as in the authors' code, means, counts and draws are per micro-batch
 TRUST_REGION = "as in the authors' code, the drift that is penalised is the mean of the micro-batch"
 SUMS_PER_ROW = Scenario(overrides={"actor_rollout_ref.actor.loss_agg_mode": "seq-mean-token-sum"})
 WITH_BONUS = Scenario(overrides={"actor_rollout_ref.actor.entropy_coeff": 0.001})
+SOLVED = Scenario(columns={"extra_info": lambda prompt_id: {"solution": f"{prompt_id} and 7 more"}})
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "grpo": [{"config": {"scale": "none"}}],
     "mc_grpo": [
@@ -83,6 +84,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"config": {"smooth_form": "mask_pg", "max_ratio": 1.2, "schedule": "exp"}},
     ],
     "entropy_law": [{"scenario": Scenario(overrides={"trainer.test_freq": 1})}],
+    "sage": [{"scenario": SOLVED}, {"scenario": SOLVED, "config": {"variant": "sage-light"}}],
     "progrpo": [{}, {"config": {"prompt_scope": "low", "skip_all_correct": True}}],
     "copo": [{}, {"config": {"form": "two_losses", "gate": "soft", "reward_coefficient": True}}],
     "drpo": [

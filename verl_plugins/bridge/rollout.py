@@ -11,6 +11,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import ray
@@ -25,9 +26,11 @@ from verl_plugins.bridge.defaults import WorkerDefaults
 from verl_plugins.bridge.queue import prompt_id_of
 from verl_plugins.bridge.rows import MAX_TOKENS, PREFILL, ROLLOUT_N, Publisher, RewardBatcher, Row, session_rows
 from verl_plugins.errors import DataError
-from verl_plugins.services import Prompt, Rollout
+from verl_plugins.services import Generated, Prompt, Rollout
 
 SINGLE_TURN = "single_turn_agent"
+ASIDE = 1
+"""Part of the seeds of what a plugin asks aside from the group."""
 METRICS_FIELD = "plugin_metrics"
 """Metrics logged during `rollout_group` travel to the driver in this part of a row's extra fields."""
 
@@ -110,6 +113,14 @@ class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
                 who = f"prompt {columns['uid']} with the agent loop {agent_name!r}"
                 raise DataError(f"{who}: only {SINGLE_TURN!r} can begin answers (Prompt.prefill)")
             return await super()._run_agent_loop(sampling_params, trajectory, agent_name=agent_name, **columns)
+        columns.pop("trace", None)
+        loop = self.single_turn()
+        loop.prefill = columns.get(PREFILL, "")
+        output = await loop.run(sampling_params, **columns)
+        return await self._agent_loop_postprocess(output, trajectory["validate"], **columns)
+
+    def single_turn(self) -> _SingleTurn:
+        """A single-turn loop of its own for one request."""
         if self._single_turn is None:
             self._single_turn = _SingleTurn(
                 trainer_config=DictConfigWrap(config=self.config),
@@ -121,11 +132,7 @@ class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
                 data_config=DictConfigWrap(self.config.data),
                 tools=ToolListWrap(self.tools),
             )
-        columns.pop("trace", None)
-        loop = copy.copy(self._single_turn)
-        loop.prefill = columns.get(PREFILL, "")
-        output = await loop.run(sampling_params, **columns)
-        return await self._agent_loop_postprocess(output, trajectory["validate"], **columns)
+        return copy.copy(self._single_turn)
 
     async def _agent_loop_postprocess(self, output: Any, validate: bool, **columns: Any) -> _Session | None:
         """Score a session's outputs and hand them back instead of publishing them."""
@@ -167,7 +174,7 @@ class _Group:
         if MAX_TOKENS in prompt:
             self._params["max_tokens"] = int(prompt[MAX_TOKENS])
         self._limit = int(self._params.get("max_tokens") or worker.config.data.max_response_length)
-        self._started = 0
+        self._started = self._asked = 0
 
     @property
     def prompt(self) -> Prompt:
@@ -192,6 +199,42 @@ class _Group:
         sessions = await self.sessions(n or self.size, params, row)
         return [self._rollout(session, max_tokens or self._limit) for session in sessions]
 
+    async def generate(
+        self,
+        messages: list[dict[str, str]],
+        n: int = 1,
+        *,
+        temperature: float | None = None,
+        max_tokens: int | None = None,
+    ) -> list[Generated]:
+        """`n` answers of the current policy to other messages, neither scored nor published.
+
+        Raises:
+            DataError: if the messages and `max_tokens` do not fit the prompt and response length together.
+        """
+        rollout, loop = self._worker.rollout_config, self._worker.single_turn()
+        ids = await asyncio.to_thread(loop.continuous_token_builder.build_initial_tokens, messages)
+        limit, room = max_tokens or self._limit, rollout.prompt_length + rollout.response_length
+        if len(ids) + limit > room:
+            raise DataError(
+                f"run.generate: {len(ids)} tokens of prompt and max_tokens={limit} are more than "
+                f"data.max_prompt_length and data.max_response_length together ({room})"
+            )
+        params = {**self._params, "max_tokens": limit}
+        if temperature is not None:
+            params["temperature"] = temperature
+        first, self._asked = self._asked, self._asked + n
+
+        async def one(number: int) -> Generated:
+            own = {"seed": self._seed(number, ASIDE)} if self._worker._seeded else {}
+            output = await loop.server_manager.generate(
+                request_id=uuid4().hex, prompt_ids=ids, sampling_params={**params, **own}
+            )
+            text = self._worker.tokenizer.decode(output.token_ids, skip_special_tokens=True)
+            return Generated(list(output.token_ids), list(output.log_probs or []), text)
+
+        return list(await asyncio.gather(*[one(number) for number in range(first, first + n)]))
+
     async def sessions(
         self, n: int, params: Mapping[str, Any] | None = None, row: Mapping[str, Any] | None = None
     ) -> list[_Session]:
@@ -212,11 +255,11 @@ class _Group:
             params, trajectory=self._trajectory, trace=self._trace, session_id=number, **columns
         )
 
-    def _seed(self, number: int) -> int:
+    def _seed(self, number: int, *apart: int) -> int:
         """The same for the same draw in another run of the same seed, whatever order requests arrive in."""
         seed = self._worker.rollout_config.seed
         key = [seed, self.step, int(self._row["index"]) if self.validate else self.prompt.id, int(self.validate)]
-        return int(np.random.SeedSequence([*key, number]).generate_state(1, np.uint32)[0])
+        return int(np.random.SeedSequence([*key, number, *apart]).generate_state(1, np.uint32)[0])
 
     def _rollout(self, session: _Session, limit: int) -> Rollout:
         last = session.outputs[-1]
@@ -236,10 +279,10 @@ class _Group:
 
 
 class GroupRun:
-    """The run as `rollout_group` sees it in an agent-loop worker: settings, step, randomness and metrics."""
+    """The run as `rollout_group` sees it in an agent-loop worker: settings, step, randomness, metrics, the policy."""
 
     def __init__(self, config: Any, group: _Group) -> None:
-        self.config, self.step = config, group.step
+        self.config, self.step, self.generate = config, group.step, group.generate
         self._group = group
         self.metrics: dict[str, float] = {}
         self._owner = ""

@@ -177,7 +177,7 @@ class PromptAugmentation(Plugin):
         for too_long, name in enumerate(names):
             template = self.templates[name]
             messages = render(template, prompt.messages)
-            tokens = _length(run, messages, template.prefill)
+            tokens = prompt_tokens(run, messages, template.prefill)
             if tokens <= run.config.data.max_prompt_length:
                 prompt.messages, prompt.prefill, prompt.row["format_name"] = messages, template.prefill, name
                 return too_long
@@ -227,8 +227,8 @@ class PromptAugmentation(Plugin):
         )
 
 
-def _length(run: Run, messages: Sequence[Mapping[str, str]], prefill: str) -> int:
-    """Tokens of a prompt with its prefill."""
+def prompt_tokens(run: Run, messages: Sequence[Mapping[str, str]], prefill: str = "") -> int:
+    """Tokens that chat messages and the beginning of the answer become."""
     options = OmegaConf.select(run.config, "data.apply_chat_template_kwargs") or {}
     text = run.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
     ids = [run.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text, prefill)]

@@ -16,7 +16,7 @@ from verl_plugins.bridge.defaults import DriverDefaults, WorkerDefaults
 from verl_plugins.hookspecs import STAGES
 from verl_plugins.manager import Plugins
 from verl_plugins.plugin import Plugin
-from verl_plugins.services import Answer, Prompt, Prompts, Rollout, Verdict
+from verl_plugins.services import Answer, Generated, Prompt, Prompts, Rollout, Verdict
 from verl_plugins.testing.actor import ActorPart
 from verl_plugins.testing.fakes import FakeRun
 from verl_plugins.testing.record import Recorder, StageFailed, batch_inputs
@@ -33,13 +33,23 @@ class GroupRun:
     def __init__(self, run: FakeRun, prompt_id: int) -> None:
         self.config, self.step, self.tokenizer = run.config, run.step, run.tokenizer
         self.metrics: dict[str, float] = {}
-        self._key = [run.seed, run.step, prompt_id]
+        self._run, self._key = run, [run.seed, run.step, prompt_id]
 
     def log(self, metrics: Mapping[str, float]) -> None:
         self.metrics.update(metrics)
 
     def rng(self, name: str = "") -> np.random.Generator:
         return np.random.default_rng([*self._key, *name.encode()])
+
+    async def generate(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        n: int = 1,
+        *,
+        temperature: float | None = None,
+        max_tokens: int | None = None,
+    ) -> list[Generated]:
+        return self._run.generate([messages], n, temperature, max_tokens)[0]
 
 
 class Episode:

@@ -81,7 +81,7 @@ def _difference(key: str, found: Any, expected: Any, rtol: float, atol: float) -
             wrong += [f"{key} has an entry {name!r} too many" for name in ours if name not in parts]
         pairs = [(f"{key}.{name}", ours[name], parts[name]) for name in parts if name in ours]
         return wrong + [text for pair in pairs for text in _difference(*pair, rtol, atol)]
-    if np.asarray(expected).dtype.kind == "U":
+    if np.asarray(expected).dtype.kind == "U" or expected is None or found is None:
         return [] if np.array_equal(found, expected) else [f"{key} is {found!r} instead of {expected!r}"]
     ours, theirs = (np.asarray(value, dtype=np.float64) for value in (found, expected))
     if ours.shape != theirs.shape:
@@ -96,8 +96,9 @@ def _difference(key: str, found: Any, expected: Any, rtol: float, atol: float) -
 
 
 def _parts(value: Any) -> Mapping[Any, Any]:
-    """A mapping, or the rows of a list whose rows differ in length, by number; empty for what is one array."""
+    """A mapping, or the rows of a list that differ in length or are mappings, by number; empty for one array."""
     if isinstance(value, Mapping):
         return value
-    ragged = isinstance(value, list) and len({len(row) if isinstance(row, list) else None for row in value}) > 1
-    return dict(enumerate(value)) if ragged else {}
+    rows = value if isinstance(value, list) else []
+    ragged = len({len(row) if isinstance(row, list) else None for row in rows}) > 1
+    return dict(enumerate(rows)) if ragged or any(isinstance(row, Mapping) for row in rows) else {}

@@ -1,0 +1,106 @@
+"""SAGE: groups through the hook that generates them, with rewards that are given; transitions; the hint parser."""
+
+import asyncio
+import json
+
+import numpy as np
+from cases import Case
+from fakes import FakeDataset, FakeRun
+from omegaconf import OmegaConf
+
+from verl_plugins.sampling.sage import Sage, parse_hint, question_of
+from verl_plugins.services import Generated, Prompt, Prompts, Rollout
+
+CONFIG = {"data": {"max_prompt_length": 4096, "max_response_length": 4096}}
+
+
+def replay(case: Case, expected: dict) -> dict:
+    op = case.param("op")
+    assert op in OPS, f"unknown op {op!r}"
+    return OPS[op](case)
+
+
+class Servers:
+    """Rollout servers that answer as the case says: rewards by level, and an object of hints or nothing to read."""
+
+    def __init__(self, hints: dict | None, rewards: dict[int, list[float]]) -> None:
+        self.rewards, self.asked = rewards, []
+        self.run = FakeRun(config=OmegaConf.create(CONFIG), dataset=FakeDataset(1))
+        self.run.generate = self.generate
+        self.answer = json.dumps(hints) if hints else "no idea"
+        self.by_question = {f"\n{text}": int(name[-1]) for name, text in (hints or {}).items() if text}
+
+    async def generate(self, messages, n=1, temperature=None, max_tokens=None):
+        return [Generated([0], [0.0], self.answer)]
+
+    async def sample(self, n=None, *, messages=None):
+        question = question_of(messages) if messages else ""
+        level = next((k for text, k in self.by_question.items() if question.endswith(text)), 0)
+        self.asked.append(level)
+        scores = self.rewards[level]
+        return [Rollout("", [], score, score > 0, False, {}, {"level": level}) for score in scores]
+
+
+def drawn(plugin: Sage, run: FakeRun) -> Prompt:
+    """The prompt as the driver sends it."""
+    row = {
+        "raw_prompt": [{"role": "user", "content": "2+2?"}],
+        "reward_model": {"ground_truth": "4"},
+        "extra_info": {"solution": "2+2 is 4"},
+    }
+    prompt = Prompt(0, row)
+    plugin.prepare_prompts(run, Prompts([prompt]))
+    return prompt
+
+
+def play(plugin: Sage, hints: dict | None, rewards: dict[int, list[float]]) -> tuple[Prompt, list[float], Servers]:
+    servers = Servers(hints, rewards)
+    prompt = drawn(plugin, servers.run)
+    rollouts = asyncio.run(plugin.rollout_group(servers.run, prompt, servers.sample))
+    assert {rollout.outputs["level"] for rollout in rollouts} == {prompt.row["hint_used"]}
+    return prompt, [rollout.score for rollout in rollouts], servers
+
+
+def escalate(case: Case) -> dict:
+    assert case.param("success_threshold") == 0
+    by_level, last = np.array(case.input("rewards_by_level"), dtype=float), case.param("max_level")
+    assert by_level.shape[2] == case.param("group_size")
+    found = {"level": [], "rewards": [], "accuracy": [], "prompts_rolled_out_at_level": np.zeros(last, dtype=int)}
+    for place, hints in enumerate(case.input("hints")):
+        rewards = {level: by_level[level, place].tolist() for level in range(len(by_level))}
+        prompt, kept, servers = play(Sage(Sage.Config(max_level=last)), hints, rewards)
+        found["level"].append(prompt.row["hint_used"])
+        found["rewards"].append(kept)
+        found["accuracy"].append(np.mean(np.array(kept) > 0))
+        found["prompts_rolled_out_at_level"] += np.bincount(servers.asked, minlength=last + 1)[1:]
+    return found
+
+
+def light_step(case: Case) -> dict:
+    found = {"wanted_level": [], "effective_level": [], "new_level": [], "new_accuracy": []}
+    names = ("last_level", "last_accuracy", "hints", "fallback_hints", "rewards")
+    settings = {name: case.param(name) for name in ("max_level", "raise_at_or_below", "lower_above")}
+    for level, accuracy, hints, fallback, rewards in zip(*[case.input(name) for name in names], strict=True):
+        assert len(rewards) == case.param("group_size")
+        plugin = Sage(Sage.Config(variant="sage-light", **settings))
+        plugin._prepare(1)
+        if level is not None:
+            plugin.level[0], plugin.accuracy[0] = level, accuracy
+        if fallback:
+            plugin.hints["0"] = json.dumps(fallback)
+        servers = Servers(hints, dict.fromkeys(range(4), rewards))
+        servers.by_question |= {f"\n{text}": int(name[-1]) for name, text in (fallback or {}).items() if text}
+        prompt = drawn(plugin, servers.run)
+        kept = asyncio.run(plugin.rollout_group(servers.run, prompt, servers.sample))
+        found["wanted_level"].append(prompt.row["hint_level"])
+        found["effective_level"].append(prompt.row["hint_used"])
+        found["new_level"].append(servers.asked[-1])
+        found["new_accuracy"].append(np.mean([rollout.correct for rollout in kept]))
+    return found
+
+
+OPS = {
+    "escalate": escalate,
+    "light_step": light_step,
+    "parse_hint": lambda case: {"payload": [parse_hint(text) for text in case.input("text")]},
+}
