@@ -516,6 +516,18 @@ class TestClippedLoss:
         for ours, verls in names.items():
             assert logged[f"policy_loss/{ours}"] == pytest.approx(metrics[f"actor/{verls}"], abs=1e-6)
 
+    @pytest.mark.parametrize("bound", [3.0, 1e30])
+    def test_there_is_no_gradient_where_verl_clamps_the_ratio(self, bound: float) -> None:
+        config = ActorConfig(strategy="fsdp2", rollout_n=8, ppo_micro_batch_size_per_gpu=1, clip_ratio_c=bound)
+        new = torch.tensor([[-25.0, 25.0, 0.1], [-25.0, 25.0, 0.3]], requires_grad=True)
+        old, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+        advantages = torch.tensor([[1.0], [-1.0]]).expand(2, 3)
+        expected, _ = compute_policy_loss_vanilla(old, new, advantages, mask, "token-mean", config)
+        tokens = Tokens(log_probs=new, old_log_probs=old, advantages=advantages, response_mask=mask, config=config)
+        loss = agg_loss(loss_mat=clipped_loss(tokens), loss_mask=mask, loss_agg_mode="token-mean")
+        assert torch.equal(loss, expected)
+        assert torch.equal(torch.autograd.grad(loss, new)[0], torch.autograd.grad(expected, new)[0])
+
 
 class TestRewardInput:
     """Sessions scored in one message are read by verl's reward manager as if each had come alone."""
