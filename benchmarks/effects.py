@@ -196,6 +196,7 @@ EFFECTS = {
             Measure("variance of gradient norm", step_variance("actor/grad_norm")),
             *ACCURACY,
         ],
+        steps=30,
     ),
     "a_grae": Effect(
         steps=30,
@@ -207,6 +208,7 @@ EFFECTS = {
             Measure("positive share, last 5", mean_of("plugins/a_grae/positive_share", -5)),
             *ACCURACY,
         ],
+        steps=30,
     ),
     "adora": Effect(
         steps=30,
@@ -216,6 +218,7 @@ EFFECTS = {
             *(Measure(f"level {level} after", level_accuracy(level)) for level in range(4)),
             *ACCURACY,
         ],
+        steps=30,
     ),
     "riskpo": Effect(
         steps=30,
@@ -231,6 +234,7 @@ EFFECTS = {
             Measure("hard prompts after", level_accuracy(3)),
             *ACCURACY,
         ],
+        steps=30,
     ),
     "progrpo": Effect(
         steps=30,
@@ -245,6 +249,7 @@ EFFECTS = {
             Measure("mixed groups, last 15", mean_of("health/mixed_groups", -15)),
             *ACCURACY,
         ],
+        steps=30,
     ),
     "copo": Effect(
         steps=30,
@@ -259,6 +264,7 @@ EFFECTS = {
             Measure("entropy, last 15", mean_of("health/entropy_mean", -15)),
             *ACCURACY,
         ],
+        steps=30,
     ),
     "drpo": Effect(
         steps=30,
