@@ -199,7 +199,6 @@ EFFECTS = {
         steps=30,
     ),
     "a_grae": Effect(
-        steps=30,
         {"grpo": ["grpo"], "a_grae": ["a_grae"]},
         [
             Measure("omega, first 5", mean_of("health/accuracy", 0, 5)),
@@ -211,7 +210,6 @@ EFFECTS = {
         steps=30,
     ),
     "adora": Effect(
-        steps=30,
         {"grpo": ["grpo"], "adora": ["adora"], "adora, paper_llm": ["adora", "plugins.adora.variant=paper_llm"]},
         [
             Measure("re-weighted", reweighted),
@@ -221,7 +219,6 @@ EFFECTS = {
         steps=30,
     ),
     "riskpo": Effect(
-        steps=30,
         {
             "grpo": ["grpo"],
             "riskpo, bundles of 4": ["riskpo", "plugins.riskpo.bundle_size=4"],
@@ -237,7 +234,6 @@ EFFECTS = {
         steps=30,
     ),
     "progrpo": Effect(
-        steps=30,
         {
             "grpo": ["grpo"],
             "progrpo (alpha 0.3)": ["progrpo"],
@@ -252,7 +248,6 @@ EFFECTS = {
         steps=30,
     ),
     "copo": Effect(
-        steps=30,
         {
             "grpo": ["grpo"],
             "copo (soft-with-zero)": ["copo"],
@@ -267,7 +262,6 @@ EFFECTS = {
         steps=30,
     ),
     "drpo": Effect(
-        steps=30,
         {"grpo": ["grpo"], "drpo": ["drpo"], "drpo, Lambda 1": ["drpo", "plugins.drpo.length_temperature=1.0"]},
         [
             Measure("length of right answers, first 3", mean_where_known("health/length_right", 0, 3)),
@@ -310,24 +304,6 @@ EFFECTS = {
         ],
         common=COLLAPSE,
     ),
-    "dcpo": Effect(
-        {
-            "grpo": ["grpo"],
-            "dcpo (target 0.25)": ["dcpo"],
-            "dcpo, target 0.5": ["dcpo", "plugins.dcpo.entropy_base=0.5"],
-        },
-        [
-            Measure("entropy, first 5", mean_of("actor/entropy", 0, 5)),
-            Measure("entropy, last 5", mean_of("actor/entropy", -5)),
-            Measure("T, first 5", mean_of("plugins/dcpo/temperature", 0, 5)),
-            Measure("T, last 5", mean_of("plugins/dcpo/temperature", -5)),
-            Measure("alpha", mean_of("plugins/dcpo/alpha")),
-            Measure("seconds per step", mean_of("timing_s/step", 5)),
-            Measure("seconds in stages", mean_of("timing_s/stages", 5)),
-            *ACCURACY,
-        ],
-        common=COLLAPSE,
-    ),
     "sage": Effect(
         {"grpo": ["grpo"], "sage": ["sage", *HINTS], "sage-light": ["sage", *HINTS, "plugins.sage.variant=sage-light"]},
         [
@@ -356,6 +332,24 @@ EFFECTS = {
             *ACCURACY,
         ],
         common=("actor_rollout_ref.actor.ppo_mini_batch_size=4",),
+    ),
+    "dcpo": Effect(
+        {
+            "grpo": ["grpo"],
+            "dcpo (target 0.25)": ["dcpo"],
+            "dcpo, target 0.5": ["dcpo", "plugins.dcpo.entropy_base=0.5"],
+        },
+        [
+            Measure("entropy, first 5", mean_of("actor/entropy", 0, 5)),
+            Measure("entropy, last 5", mean_of("actor/entropy", -5)),
+            Measure("T, first 5", mean_of("plugins/dcpo/temperature", 0, 5)),
+            Measure("T, last 5", mean_of("plugins/dcpo/temperature", -5)),
+            Measure("alpha", mean_of("plugins/dcpo/alpha")),
+            Measure("seconds per step", mean_of("timing_s/step", 5)),
+            Measure("seconds in stages", mean_of("timing_s/stages", 5)),
+            *ACCURACY,
+        ],
+        common=COLLAPSE,
     ),
     "epo": Effect(
         {

@@ -83,6 +83,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         },
         {"config": {"smooth_form": "mask_pg", "max_ratio": 1.2, "schedule": "exp"}},
     ],
+    "sage": [{"scenario": SOLVED}, {"scenario": SOLVED, "config": {"variant": "sage-light"}}],
     "entropy_law": [{"scenario": Scenario(overrides={"trainer.test_freq": 1})}],
     "sage": [{"scenario": SOLVED}, {"scenario": SOLVED, "config": {"variant": "sage-light"}}],
     "progrpo": [{}, {"config": {"prompt_scope": "low", "skip_all_correct": True}}],
