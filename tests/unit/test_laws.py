@@ -85,7 +85,6 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "sage": [{"scenario": SOLVED}, {"scenario": SOLVED, "config": {"variant": "sage-light"}}],
     "entropy_law": [{"scenario": Scenario(overrides={"trainer.test_freq": 1})}],
-    "sage": [{"scenario": SOLVED}, {"scenario": SOLVED, "config": {"variant": "sage-light"}}],
     "progrpo": [{}, {"config": {"prompt_scope": "low", "skip_all_correct": True}}],
     "copo": [{}, {"config": {"form": "two_losses", "gate": "soft", "reward_coefficient": True}}],
     "drpo": [
