@@ -293,6 +293,14 @@ class TestServer:
         sentence(bad, "repetition_penalty")
         assert len(good.token_ids) == 12
 
+    @pytest.mark.parametrize(("asked", "given"), [(5, 5), (20, 20), (99, 39)])
+    def test_a_request_may_name_a_limit_of_its_own(self, server, tokenizer, asked, given) -> None:
+        async def run() -> Any:
+            await server.ready()
+            return await server.generate(**self.request(tokenizer, "7", max_tokens=asked))
+
+        assert len(asyncio.run(run()).token_ids) == given
+
     def test_prompt_and_response_fit_into_the_model_length(self, server, tokenizer) -> None:
         async def run() -> Any:
             await server.ready()

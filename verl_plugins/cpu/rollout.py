@@ -103,9 +103,10 @@ class TransformersServer:
         if self._reject and not self._running.is_set():
             raise RuntimeError("the rollout server is leaving and takes no more requests")
         await self._running.wait()
-        budget = self.config.response_length
-        if self.config.max_model_len:
-            budget = min(budget, self.config.max_model_len - len(prompt_ids))
+        room = (self.config.max_model_len or self.config.prompt_length + self.config.response_length) - len(prompt_ids)
+        # As in verl's other servers, a request that names its limit may go beyond the length of responses.
+        named = sampling_params.keys() & {"max_tokens", "max_new_tokens"}
+        budget = room if named else min(self.config.response_length, room)
         if budget < 1:
             raise DataError(
                 f"prompt of {len(prompt_ids)} tokens leaves no room for a response; raise rollout.max_model_len "
