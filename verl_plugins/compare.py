@@ -66,7 +66,7 @@ def read_run(argument: str) -> Run:
     steps = _steps(folder / "metrics.jsonl")
     if steps.empty:
         raise RunError(f"{folder / 'metrics.jsonl'} has no step yet; leave this run out or wait for its first step")
-    config = yaml.load((folder / "config.yaml").read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    config = yaml.safe_load((folder / "config.yaml").read_text())
     return Run(folder, label or None, _settings(config, folder), steps)
 
 
