@@ -131,12 +131,12 @@ def reweighted(steps: Steps, _: Sequence[tuple[int, dict]]) -> float | None:
     return statistics.fmean(step[f"plugins/adora/frac_{changed}"] for step in steps)
 
 
-COLLAPSE = ("actor_rollout_ref.actor.ppo_mini_batch_size=4", "actor_rollout_ref.actor.optim.lr=3e-4")
-"""Four updates per batch at six times the preset's rate, where the entropy of grpo is to collapse within 45 steps."""
+COLLAPSE = ("actor_rollout_ref.actor.ppo_mini_batch_size=4", "actor_rollout_ref.actor.optim.lr=2e-4")
+"""Four updates per batch at four times the preset's rate, where the entropy of grpo halves within 30 steps."""
 EPO = ("actor_rollout_ref.actor.entropy_coeff=0.02", "actor_rollout_ref.actor.use_kl_loss=false")
 EPO += ("plugins.epo.min_ratio=0.8", "plugins.epo.max_ratio=1.2", "plugins.epo.out_range_penalty=1.0")
 EPO += ("plugins.epo.schedule=constant",)
-"""A band and a penalty that can be seen in 45 steps, and no KL term, which grpo has not either."""
+"""A band and a penalty that can be seen in 30 steps, and no KL term, which grpo has not either."""
 LAW = ("+plugins.entropy_law.min_points=5", "trainer.test_freq=2")
 ACCURACY = [Measure("held-out before", held_out(0)), Measure("held-out after", held_out(-1))]
 EFFECTS = {
@@ -298,11 +298,12 @@ EFFECTS = {
         [
             Measure("weight", mean_of("plugins/steer/token_weight_mean")),
             Measure("entropy, first 5", mean_of("actor/entropy", 0, 5)),
-            Measure("entropy, steps 21 to 25", mean_of("actor/entropy", 20, 25)),
+            Measure("entropy, steps 11 to 15", mean_of("actor/entropy", 10, 15)),
             Measure("entropy, last 5", mean_of("actor/entropy", -5)),
             *ACCURACY,
         ],
         common=COLLAPSE,
+        steps=30,
     ),
     "sage": Effect(
         {"grpo": ["grpo"], "sage": ["sage", *HINTS], "sage-light": ["sage", *HINTS, "plugins.sage.variant=sage-light"]},
@@ -350,6 +351,7 @@ EFFECTS = {
             *ACCURACY,
         ],
         common=COLLAPSE,
+        steps=30,
     ),
     "epo": Effect(
         {
@@ -366,9 +368,10 @@ EFFECTS = {
             *ACCURACY,
         ],
         common=COLLAPSE,
+        steps=30,
     ),
     "entropy_law": Effect(
-        {"grpo": ["grpo"], "clip_cov": ["clip_cov"], "bonus 0.02": ["grpo", EPO[0]]},
+        {"grpo": ["grpo"], "clip_cov": ["clip_cov"], "kl_cov": ["kl_cov"], "bonus 0.02": ["grpo", EPO[0]]},
         [
             Measure("ceiling at half", law_at_half("ceiling")),
             Measure("r2 at half", law_at_half("r2")),
@@ -377,7 +380,7 @@ EFFECTS = {
             *ACCURACY,
         ],
         common=(*COLLAPSE, *LAW),
-        steps=60,
+        steps=30,
     ),
     "siri": Effect(
         {
