@@ -87,6 +87,10 @@ def test_failed_groups_are_rolled_out_again(sage: Training) -> None:
         assert step["health/all_wrong_groups"] == pytest.approx(found["needing_hint"] * found["still_unsolved"])
         assert step["training/rollout_probs_diff_max"] < 1e-3, "log-probs are those of the prompt with its hint"
         assert step["actor/grad_norm"] > 0.01
+        hinted = PROMPTS * found["needing_hint"]
+        assert step["rollout/responses"] == pytest.approx(PROMPTS * ROLLOUTS + hinted * (ROLLOUTS + 2))
+        assert step["rollout/responses_per_prompt"] == pytest.approx(step["rollout/responses"] / PROMPTS)
+        assert step["rollout/tokens"] > step["health/generated_tokens"] + hinted * found["hint_tokens_mean"]
 
 
 def test_a_group_has_one_prompt_and_nothing_is_left_of_the_plain_one(sage: Training) -> None:

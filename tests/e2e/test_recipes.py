@@ -38,6 +38,7 @@ def healthy(training: Training, steps: int, *, on_policy: bool = True) -> None:
         shares = [step[f"health/{kind}_groups"] for kind in ("mixed", "all_right", "all_wrong")]
         assert sum(shares) == pytest.approx(1, abs=1e-6)
         assert shares[1] <= step["health/accuracy"] <= 1 - shares[2]
+        assert step["rollout/tokens"] >= step["health/generated_tokens"] > 0
         if on_policy:
             assert step["training/rollout_probs_diff_max"] < 1e-3
     for line in (f"step    {number}/{steps}" for number in range(1, steps + 1)):
@@ -59,6 +60,13 @@ class TestGrpo:
             assert ours(step, "grpo")["group_size_min"] == 8
             equal = 1 - step["health/mixed_groups"]
             assert ours(step, "grpo")["zero_advantage_rows"] == pytest.approx(equal, abs=1e-6)
+
+    def test_the_account_is_what_is_trained_on(self, grpo: Training) -> None:
+        for step in grpo.steps:
+            assert (step["rollout/responses"], step["rollout/responses_per_prompt"]) == (PROMPTS * 8, 8)
+            assert step["rollout/tokens"] == pytest.approx(step["response_length/mean"] * PROMPTS * 8)
+            assert step["rollout/tokens"] / PROMPTS == step["rollout/tokens_per_prompt"]
+            assert step["rollout/tokens_per_prompt"] <= step["rollout/tokens_per_prompt_max"] <= 8 * 16
 
     def test_is_validated_with_the_default_scorer(self, grpo: Training) -> None:
         assert [step for step, _ in grpo.validations] == [0, 2]
@@ -437,6 +445,8 @@ class TestTtrlAndKlCov:
             assert 1 / 12 <= found["majority_ratio"] == pytest.approx(found["mean_reward"], abs=1e-6)
             assert 0 < found["label_accuracy"] < 1
             assert found["missing_answer_share"] < 0.05
+            assert step["rollout/responses"] == 12 * PROMPTS
+            assert step["rollout/tokens"] > 2 * step["response_length/mean"] * 4 * PROMPTS
 
     def test_agreement_is_rewarded(self, both: Training) -> None:
         for file in (both.out / "rollouts").glob("*.jsonl"):

@@ -25,6 +25,7 @@ from verl_plugins.bridge import census
 from verl_plugins.bridge.defaults import WorkerDefaults
 from verl_plugins.bridge.queue import prompt_id_of
 from verl_plugins.bridge.rows import MAX_TOKENS, PREFILL, ROLLOUT_N, Publisher, RewardBatcher, Row, session_rows
+from verl_plugins.diagnostics.budget import ACCOUNT_FIELD, Account
 from verl_plugins.errors import DataError
 from verl_plugins.services import Generated, Prompt, Rollout
 
@@ -85,6 +86,8 @@ class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
         try:
             group = _Group(self, prompt, sampling_params, trajectory, trace)
             sessions = await self._generate_group(group)
+            if sessions and not group.validate:
+                sessions[0].outputs[-1].extra_fields[ACCOUNT_FIELD] = group.account.as_field()
             rows = await self._rows(sessions, trajectory["validate"])
             status = "finished" if len(sessions) == group.size else "failure"
         except Exception:
@@ -175,6 +178,8 @@ class _Group:
             self._params["max_tokens"] = int(prompt[MAX_TOKENS])
         self._limit = int(self._params.get("max_tokens") or worker.config.data.max_response_length)
         self._started = self._asked = 0
+        self.account = Account()
+        """All that was generated for this draw, whatever becomes of it."""
 
     @property
     def prompt(self) -> Prompt:
@@ -233,7 +238,9 @@ class _Group:
             text = self._worker.tokenizer.decode(output.token_ids, skip_special_tokens=True)
             return Generated(list(output.token_ids), list(output.log_probs or []), text)
 
-        return list(await asyncio.gather(*[one(number) for number in range(first, first + n)]))
+        answers = await asyncio.gather(*[one(number) for number in range(first, first + n)])
+        self.account.add([len(answer.token_ids) for answer in answers])
+        return list(answers)
 
     async def sessions(
         self, n: int, params: Mapping[str, Any] | None = None, row: Mapping[str, Any] | None = None
@@ -244,7 +251,9 @@ class _Group:
         results = await asyncio.gather(*runs, return_exceptions=True)
         for error in (result for result in results if isinstance(result, BaseException)):
             agent_loop_tq.logger.error(f"a session of prompt {self._row['uid']} failed", exc_info=error)
-        return [result for result in results if isinstance(result, _Session)]
+        sessions = [result for result in results if isinstance(result, _Session)]
+        self.account.add([sum(sum(output.response_mask) for output in session.outputs) for session in sessions])
+        return sessions
 
     def _run(self, number: int, params: dict[str, Any], row: Mapping[str, Any]) -> Any:
         if self._worker._seeded:

@@ -19,6 +19,7 @@ from verl.utils import tensordict_utils as tu
 
 from verl_plugins.batch import Batch
 from verl_plugins.bridge.queue import prompt_id_of
+from verl_plugins.diagnostics.budget import Account
 from verl_plugins.errors import DataError
 from verl_plugins.services import Generated
 
@@ -53,6 +54,8 @@ class DriverRun:
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._owner = ""
+        self.account = Account()
+        """What `generate` has cost and no step has told yet."""
         self._logged: dict[str, list[float]] = defaultdict(list)
         self._generators: dict[tuple[int, str], np.random.Generator] = {}
 
@@ -134,7 +137,9 @@ class DriverRun:
         seeds = self.rng("generate").integers(0, 2**31, size=(len(prompts), n))
         ids = [self._prompt_ids(prompt) for prompt in prompts]
         with self._trainer.awake_replicas():
-            return asyncio.run(self._ask(ids, params, seeds))
+            groups = asyncio.run(self._ask(ids, params, seeds))
+        self.account.add([len(answer.token_ids) for group in groups for answer in group])
+        return groups
 
     async def _ask(self, prompts: list[list[int]], params: dict, seeds: np.ndarray) -> list[list[Generated]]:
         client = self._trainer.get_llm_client()

@@ -38,6 +38,7 @@ from verl_plugins.bridge.rows import MAX_TOKENS, ROLLOUT_N
 from verl_plugins.bridge.run import DriverRun
 from verl_plugins.bridge.saving import SavesState
 from verl_plugins.cpu.registration import ROLLOUT_NAME
+from verl_plugins.diagnostics.budget import rollout_budget
 from verl_plugins.diagnostics.health import Watch, group_health, policy_health, reward_parts, signal_health
 from verl_plugins.errors import DataError
 
@@ -217,7 +218,7 @@ class Stages(DrawsPrompts, SavesState):
         start = time.perf_counter()
         batch.full.prefetch(*fields)
         metrics = group_health(batch.full) | signal_health(batch) | policy_health(batch) | reward_parts(batch.full)
-        metrics |= self._group_metrics(batch.full)
+        metrics |= self._group_metrics(batch.full) | rollout_budget(batch.full, self.run.account.take())
         return metrics | {"timing_s/health": time.perf_counter() - start}
 
     def _estimate(self, original: Any, data: Any, batch_keys: list[str], **kwargs: Any) -> Any:
