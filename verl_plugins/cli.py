@@ -132,11 +132,14 @@ def compare(
         Optional[list[str]],  # noqa: UP045
         typer.Option(metavar="KEY", help="Draw this metric, too; may be repeated."),
     ] = None,
+    by: Annotated[
+        str, typer.Option(metavar="steps|tokens", help="Draw over steps, or over tokens generated.")
+    ] = "steps",
 ) -> None:
     """Draw accuracy, reward, entropy and length of several runs; seeds of one configuration become one band."""
     from verl_plugins.compare import compare as draw
 
-    for file in draw(runs, out, metric or ()):
+    for file in draw(runs, out, metric or (), by):
         typer.echo(file)
 
 

@@ -1,7 +1,8 @@
 """`verl-plugins compare`: curves of several runs in one picture and one page, with mean and spread over seeds.
 
 Runs whose configurations differ only in seeds and folders are one curve. Curves are named after their plugins, and
-where that is not enough after the settings in which they differ.
+where that is not enough after the settings in which they differ. Drawn over the tokens generated so far, methods are
+compared at equal cost of their rollouts.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ PANELS = {
 """Title -> metric."""
 INFRASTRUCTURE = ("math_verify",)
 """Plugins that score and are no method: they do not name a curve."""
+AXES = {"steps": "step", "tokens": "tokens generated so far"}
+"""What curves can be drawn over, and the label."""
+TOKENS = "rollout/tokens"
 LAST = 5
 """Steps whose mean the page's table shows."""
 STYLE = "body{font-family:sans-serif;margin:2em;max-width:75em}table{border-collapse:collapse}"
@@ -121,21 +125,52 @@ def _differences(run: Run, others: Sequence[Run]) -> list[str]:
     return [f"{key.rsplit('.', 1)[-1]}={run.settings.get(key, 'unset').strip(chr(34))}" for key in differing]
 
 
-def statistics(runs: Sequence[Run], metric: str) -> pd.DataFrame:
-    """Mean and standard deviation over the runs at each step where any has the metric: columns `mean`, `std`."""
-    columns = [run.steps[metric].dropna() for run in runs if metric in run.steps]
+def tokens_so_far(run: Run) -> pd.Series:
+    """Tokens the policy has generated for training up to each step; 0 before the first.
+
+    Raises:
+        RunError: the run has steps in which they were not counted.
+    """
+    steps = run.steps.reindex(columns=["step", TOKENS])
+    if steps.loc[steps["step"].notna(), TOKENS].isna().any():
+        raise RunError(
+            f"--by tokens adds up {TOKENS}, which {run.folder} does not have in every step; leave this run out or train "
+            "it again with this version"
+        )
+    return steps[TOKENS].where(steps.index > 0, 0.0).cumsum()
+
+
+def _values(run: Run, metric: str, by: str) -> pd.Series:
+    """The metric where the run has it, over steps or tokens."""
+    values = run.steps[metric].dropna()
+    if by == "steps":
+        return values
+    values = values.set_axis(tokens_so_far(run)[values.index])
+    return values[values.index.notna()]  # a running training may have validated a step that is not written yet
+
+
+def statistics(runs: Sequence[Run], metric: str, by: str = "steps") -> pd.DataFrame:
+    """Mean and standard deviation over the runs at each step where any has the metric: columns `mean`, `std`.
+
+    By `tokens`, at each number of tokens where any has it; a run is interpolated between its own places.
+    """
+    columns = [_values(run, metric, by) for run in runs if metric in run.steps]
     if not columns:
         return pd.DataFrame(columns=["mean", "std"], dtype=float)
-    table = pd.concat(columns, axis=1)
-    return pd.DataFrame({"mean": table.mean(axis=1), "std": table.std(axis=1).fillna(0.0)}).sort_index()
+    table = pd.concat(columns, axis=1).sort_index()
+    if by == "tokens":
+        table = table.interpolate(method="index", limit_area="inside")
+    return pd.DataFrame({"mean": table.mean(axis=1), "std": table.std(axis=1).fillna(0.0)})
 
 
-def compare(arguments: Sequence[str], out: Path, metrics: Sequence[str] = ()) -> list[Path]:
+def compare(arguments: Sequence[str], out: Path, metrics: Sequence[str] = (), by: str = "steps") -> list[Path]:
     """Write `curves.png` and the self-contained `index.html` to `out`; further metrics get a panel each.
 
     Raises:
-        RunError: a folder is no run, or a metric asked for is in none of the runs.
+        RunError: a folder is no run, a metric asked for is in none of the runs, or a run does not know its tokens.
     """
+    if by not in AXES:
+        raise RunError(f"--by {by}: curves are drawn over {' or '.join(AXES)}{nearest(by, AXES)}")
     named = curves([read_run(argument) for argument in arguments])
     for metric in metrics:
         if not any(metric in run.steps for runs in named.values() for run in runs):
@@ -144,13 +179,14 @@ def compare(arguments: Sequence[str], out: Path, metrics: Sequence[str] = ()) ->
     panels = PANELS | {metric: metric for metric in metrics}
     data = {title: {name: statistics(runs, key) for name, runs in named.items()} for title, key in panels.items()}
     data = {title: lines for title, lines in data.items() if any(len(line) for line in lines.values())}
+    drawn = {title: {name: statistics(named[name], panels[title], by) for name in named} for title in data}
     out.mkdir(parents=True, exist_ok=True)
     picture, page = out / "curves.png", out / "index.html"
-    page.write_text(_page(named, data, _draw(data, picture)))
+    page.write_text(_page(named, data, _draw(drawn, AXES[by], picture)))
     return [picture, page]
 
 
-def _draw(data: Mapping[str, Mapping[str, pd.DataFrame]], picture: Path) -> str:
+def _draw(data: Mapping[str, Mapping[str, pd.DataFrame]], label: str, picture: Path) -> str:
     """Draw the panels into a file and as SVG text."""
     import matplotlib
 
@@ -166,7 +202,7 @@ def _draw(data: Mapping[str, Mapping[str, pd.DataFrame]], picture: Path) -> str:
             axis.plot(line.index, line["mean"], few, color=f"C{number}", label=name)
             axis.fill_between(line.index, line["mean"] - line["std"], line["mean"] + line["std"], alpha=0.2, lw=0)
         axis.set_title(title)
-        axis.set_xlabel("step")
+        axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     for axis in figure.axes[len(data) :]:
