@@ -134,8 +134,8 @@ def tokens_so_far(run: Run) -> pd.Series:
     steps = run.steps.reindex(columns=["step", TOKENS])
     if steps.loc[steps["step"].notna(), TOKENS].isna().any():
         raise RunError(
-            f"--by tokens adds up {TOKENS}, which {run.folder} does not have in every step; leave this run out or train "
-            "it again with this version"
+            f"--by tokens adds up {TOKENS}, which {run.folder} does not have in every step; leave it out or train it "
+            "again with this version"
         )
     return steps[TOKENS].where(steps.index > 0, 0.0).cumsum()
 
