@@ -10,7 +10,7 @@ Actor workers: `policy_loss`, `loss_terms`, `optimizer_step`.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -92,6 +92,11 @@ def prepare_validation(run: Run, prompts: Prompts) -> None:
 
 
 @hookspec
+def on_validation_end(run: Run, metrics: Mapping[str, float]) -> None:
+    """The policy that step `run.step` left (0: the start) was validated; `metrics` are verl's, `val-core/…` and all."""
+
+
+@hookspec
 def on_step_end(run: Run, metrics: dict[str, Any]) -> None:
     """All metrics of the step are known, its checkpoint is saved: report, add metrics, or `run.stop(reason)`."""
 
@@ -116,6 +121,7 @@ STAGES = (
     "loss_terms",
     "optimizer_step",
     "prepare_validation",
+    "on_validation_end",
     "on_step_end",
     "on_train_end",
 )

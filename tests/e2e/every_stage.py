@@ -150,6 +150,10 @@ class EveryStage(Plugin):
         self.record("prepare_validation", step=run.step, ids=[prompt.id for prompt in prompts], asked=asked)
 
     @hookimpl
+    def on_validation_end(self, run, metrics):
+        self.record("on_validation_end", step=run.step, scores=sorted(metrics))
+
+    @hookimpl
     def on_step_end(self, run, metrics):
         run.log({"end": run.step})
         metrics["plugins/every_stage/added"] = 1.0

@@ -130,6 +130,8 @@ class TestData:
             assert record["ids"] == list(range(HELD_OUT))
             sums = {str(sum(map(int, question.rstrip("=").split("+")))) for question in record["asked"]}
             assert sums == {answer["truth"] for answer in scored}
+        for record in run.of("on_validation_end"):
+            assert any(name.startswith("val-core/verl_plugins/arithmetic/") for name in record["scores"])
 
     def test_groups_are_generated_and_scored_in_the_workers(self, run: Observed) -> None:
         groups = run.of("rollout_group")

@@ -239,14 +239,13 @@ class TestDrpo:
 
 
 class TestSteerDcpoAndTheEntropyLaw:
-    """Recipe steer with dcpo around its advantages, two updates a step in small micro-batches, validated every step."""
+    """Recipe steer with dcpo around its advantages, two updates a step in small micro-batches, validated throughout."""
 
     @pytest.fixture(scope="class")
     def steer(self, out: Path) -> Training:
         return train(
             "steer",
             out / "steer",
-            "trainer.val_before_train=false",
             "trainer.test_freq=1",
             "data.val_max_samples=16",
             "trainer.total_training_steps=4",
@@ -290,11 +289,11 @@ class TestSteerDcpoAndTheEntropyLaw:
 
     def test_the_entropy_law_pairs_a_validation_with_the_next_steps_entropy(self, steer: Training) -> None:
         found = [ours(step, "entropy_law") for step in steer.steps]
-        assert [step["n"] for step in found] == [0, 1, 2, 3]
-        assert ["a" in step for step in found] == [False, False, True, True]
+        assert [step["n"] for step in found] == [1, 2, 3, 4]
+        assert ["a" in step for step in found] == [False, True, True, True]
+        assert [step for step, _ in steer.validations] == [0, 1, 2, 3, 4]
         scores = [validation_accuracy(metrics) for _, metrics in steer.validations]
-        entropies = [step["entropy"] for step in found]
-        slope, intercept = np.polyfit(np.exp(entropies[1:]), scores[:3], 1)
+        slope, intercept = np.polyfit(np.exp([step["entropy"] for step in found]), scores[:4], 1)
         assert found[3]["a"] == pytest.approx(-slope, abs=1e-6)
         assert found[3]["b"] == pytest.approx(intercept, abs=1e-6)
         assert (steer.out / "entropy_law.png").read_bytes().startswith(b"\x89PNG")

@@ -1,20 +1,26 @@
-"""The entropy law: the fit, as the diagnostic calls it, to the first complete points."""
+"""The entropy law: each point as a validation and the batch after it, through the plugin's hooks, and its fit."""
 
 import numpy as np
+import torch
 from cases import Case
+from fakes import FakeRun
 
-from verl_plugins.diagnostics.entropy_law import complete, fit
+from verl_plugins import Batch
+from verl_plugins.diagnostics.entropy_law import EntropyLaw
 
 
 def replay(case: Case, expected: dict) -> dict:
-    entropy = np.array(case.input("entropy"), dtype=np.float64)
-    known = complete(entropy, case.input("performance"))
-    used = [values[: case.param("n_fit")] for values in known]
-    law = fit(*used)
-    found = {"n_used": len(used[0]), "law_applies": law is not None and law.applies}
+    entropy, score = (np.array(case.input(name), dtype=np.float64) for name in ("entropy", "performance"))
+    plugin = EntropyLaw(EntropyLaw.Config(fit_points=case.param("n_fit"), min_points=2))
+    for measured, validated in zip(entropy, score, strict=True):
+        plugin.on_validation_end({"val-core/case/acc/mean@1": validated})
+        plugin.observe(FakeRun(), batch(measured))
+    law, points = plugin.law(), plugin.state_dict()
+    first = slice(case.param("n_fit"))
+    found = {"n_used": len(points["score"][first]), "law_applies": law is not None and law.ceiling is not None}
     if law is None:
         return found | dict.fromkeys(("a", "b", "ceiling", "rmse_fit", "r2", "predicted", "rmse_all"))
-    error = known[1] - law.predicted(known[0])
+    error = points["score"] - law.predicted(points["entropy"])
     return found | {
         "a": law.a,
         "b": law.b,
@@ -24,3 +30,8 @@ def replay(case: Case, expected: dict) -> dict:
         "predicted": law.predicted(entropy[np.isfinite(entropy)]),
         "rmse_all": np.sqrt(np.mean(error**2)),
     }
+
+
+def batch(entropy: float) -> Batch:
+    ones = torch.ones(1, 1, dtype=torch.float64)
+    return Batch.from_tensors(uid=["1-1-0"], response_mask=ones, rm_scores=0 * ones, entropy=entropy * ones)

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from verl_plugins import Batch, CompositionError, DataError, needs
 from verl_plugins.compose import compose
-from verl_plugins.diagnostics.entropy_law import PICTURE, EntropyLaw, complete, fit, response_entropy
+from verl_plugins.diagnostics.entropy_law import PICTURE, EntropyLaw, fit, response_entropy
 
 FEW = settings(max_examples=60, deadline=None)
 SCORE = "val-core/arithmetic/acc/mean@8"
@@ -34,13 +34,19 @@ def batch(entropy: float) -> Batch:
     )
 
 
-def play(plugin: EntropyLaw, entropies, scores, run: FakeRun | None = None) -> FakeRun:
-    """Steps: the entropy of the policy before the update, the score of a validation after it (None: no validation)."""
+def play(plugin: EntropyLaw, entropies, scores, run: FakeRun | None = None, before: float | None = None) -> FakeRun:
+    """Steps: the entropy of the policy before the update, the score of a validation after it (None: no validation).
+
+    `before` is the score of a validation before the first step.
+    """
     run = run or FakeRun()
+    if before is not None:
+        plugin.on_validation_end({SCORE: before})
     for entropy, score in zip(entropies, scores, strict=True):
         run.metrics = {}
         plugin.observe(run, batch(entropy))
-        plugin.on_step_end({"actor/entropy": 9.0} | ({} if score is None else {SCORE: score}))
+        if score is not None:
+            plugin.on_validation_end({SCORE: score})
     return run
 
 
@@ -103,12 +109,12 @@ class TestFit:
     def test_a_score_that_rises_with_entropy_has_no_ceiling(self):
         law = fit([0.1, 0.2, 0.3], [0.1, 0.2, 0.3])
         assert law.a < 0
-        assert not law.applies
         assert law.ceiling is None
 
-    def test_incomplete_points_are_left_out(self):
-        entropy, score = complete([0.1, np.nan, 0.3, 0.4], [0.5, 0.6, None, 0.8])
-        assert (entropy.tolist(), score.tolist()) == ([0.1, 0.4], [0.5, 0.8])
+    def test_scores_that_hardly_differ(self):
+        """The variance is too small for a float, but the scores are not all alike."""
+        law = fit([0.0, 1.0], [5e-324, 0.0])
+        assert (law.a, law.b, law.r2) == (pytest.approx(0), pytest.approx(0), None)
 
 
 class TestPairing:
@@ -123,10 +129,29 @@ class TestPairing:
         assert state["waiting"] == 0.3
         assert run.metrics == {"entropy": pytest.approx(0.5), "n": 2}
 
-    def test_scores_that_are_not_finite_are_left_out(self):
+    def test_the_validation_before_training_is_with_the_entropy_of_the_first_step(self):
         plugin = method()
-        play(plugin, [0.9, 0.8, 0.7], [math.nan, 0.2, None])
-        assert plugin.state_dict()["entropy"].tolist() == [0.7]
+        run = play(plugin, [0.9, 0.8], [0.2, None], before=0.1)
+        state = plugin.state_dict()
+        assert (state["entropy"].tolist(), state["score"].tolist()) == ([0.9, 0.8], [0.1, 0.2])
+        assert run.metrics["n"] == 2
+
+    def test_a_resumed_run_validates_again_what_its_checkpoint_had_not_seen(self):
+        """A checkpoint is saved before the validation of its step; the run that resumes from it begins with one."""
+        whole, before, after = method(), method(), method()
+        play(whole, [0.9, 0.8, 0.7, 0.6], [0.1, 0.2, 0.3, None])
+        play(before, [0.9, 0.8], [0.1, None])
+        after.load_state_dict(before.state_dict())
+        play(after, [0.7, 0.6], [0.3, None], before=0.2)
+        for name in ("entropy", "score"):
+            assert after.state_dict()[name].tolist() == whole.state_dict()[name].tolist()
+
+    @pytest.mark.parametrize(("entropy", "score"), [(0.8, math.nan), (0.8, math.inf), (math.nan, 0.2)])
+    def test_points_that_are_not_finite_are_left_out(self, entropy, score):
+        plugin = method()
+        play(plugin, [0.9, entropy, 0.7], [score, 0.3, None])
+        state = plugin.state_dict()
+        assert (state["entropy"].tolist(), state["score"].tolist()) == ([0.7], [0.3])
 
     def test_survives_a_restart(self):
         entropies, scores = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4], [0.1, 0.15, 0.2, 0.22, 0.27, 0.3]
@@ -206,15 +231,15 @@ class TestScore:
     @pytest.mark.parametrize("names", [[], ["val-core/a/acc/mean@8", "val-core/b/acc/mean@8"]])
     def test_must_be_named_unless_there_is_just_one(self, names, sentence):
         with pytest.raises(DataError) as error:
-            method().on_step_end({"val-aux/a/reward/std@8": 0.1} | dict.fromkeys(names, 0.5))
+            method().on_validation_end({"val-aux/a/reward/std@8": 0.1} | dict.fromkeys(names, 0.5))
         sentence(error.value, "plugins.entropy_law.performance", str(len(names)), *names)
 
     def test_named(self, sentence):
         plugin = method(performance="val-core/b/acc/mean@8")
-        plugin.on_step_end({"val-core/a/acc/mean@8": 0.1, "val-core/b/acc/mean@8": 0.2})
+        plugin.on_validation_end({"val-core/a/acc/mean@8": 0.1, "val-core/b/acc/mean@8": 0.2})
         assert plugin.state_dict()["waiting"] == 0.2
         with pytest.raises(DataError) as error:
-            plugin.on_step_end({"val-core/a/acc/mean@8": 0.1})
+            plugin.on_validation_end({"val-core/a/acc/mean@8": 0.1})
         sentence(error.value, "plugins.entropy_law.performance=val-core/b/acc/mean@8", "val-core/a/acc/mean@8")
 
 

@@ -84,7 +84,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"config": {"smooth_form": "mask_pg", "max_ratio": 1.2, "schedule": "exp"}},
     ],
     "sage": [{"scenario": SOLVED}, {"scenario": SOLVED, "config": {"variant": "sage-light"}}],
-    "entropy_law": [{"scenario": Scenario(overrides={"trainer.test_freq": 1})}],
+    "entropy_law": [{"scenario": Scenario(overrides={"trainer.test_freq": 1}), "config": {"min_points": 2}}],
     "progrpo": [{}, {"config": {"prompt_scope": "low", "skip_all_correct": True}}],
     "copo": [{}, {"config": {"form": "two_losses", "gate": "soft", "reward_coefficient": True}}],
     "drpo": [

@@ -303,6 +303,7 @@ class Stages(DrawsPrompts, SavesState):
 
     def _validate(self) -> dict[str, float]:
         metrics = super()._validate()
+        self.plugins.hook.on_validation_end(run=self.run, metrics=metrics)
         if self.reporter is not None:
             self.reporter.validation(self.global_steps, metrics)
         return metrics

@@ -6,8 +6,8 @@ arXiv:2505.22617 (the paper of Clip-Cov and KL-Cov), fitted while training, whic
     ceiling = b - a                     the score when the entropy is used up (H = 0)
 
 R is a validation score, H the entropy of the policy that was validated: the mean over responses of the mean over their
-tokens. A validation follows the update of its step, so it is paired with the entropy of the next step's batch, which
-that policy has written. The last validation finds no such step, and the one before the training is not seen by plugins.
+tokens. That policy writes the next step's batch, so R is paired with the entropy of that batch: the validation before
+training with that of step 1, the one after step k with that of step k + 1. The last one has no such batch.
 
 The authors published no fitting code: least squares is inferred. Degenerate cases. Entropies that are all alike: no
 fit. a <= 0, usual in the first steps and under entropy intervention: the law does not apply, and there is no ceiling.
@@ -46,40 +46,27 @@ class Law:
     n: int
 
     @property
-    def applies(self) -> bool:
-        """Whether the score rises as entropy falls."""
-        return self.a > 0
-
-    @property
     def ceiling(self) -> float | None:
-        """The score at H = 0; None where the law does not apply."""
-        return self.b - self.a if self.applies else None
+        """The score at H = 0; None where the law does not apply, because the score does not rise as entropy falls."""
+        return self.b - self.a if self.a > 0 else None
 
     def predicted(self, entropy: float | np.ndarray) -> Any:
         """The score at an entropy, in nats."""
         return self.b - self.a * np.exp(entropy)
 
 
-def complete(entropy: Sequence[float], score: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """The points where both are finite."""
-    entropy, score = np.asarray(entropy, dtype=np.float64), np.asarray(score, dtype=np.float64)
-    known = np.isfinite(entropy) & np.isfinite(score)
-    return entropy[known], score[known]
-
-
 def fit(entropy: Sequence[float], score: Sequence[float]) -> Law | None:
     """Least squares of finite scores on exp(entropy); None for less than 2 points or entropies that are all alike."""
-    entropy, score = np.asarray(entropy, dtype=np.float64), np.asarray(score, dtype=np.float64)
     if len(entropy) < 2 or np.ptp(entropy) < NARROW:
         return None
-    if np.ptp(score) == 0:
-        return Law(0.0, float(score[0]), 0.0, None, len(score))
-    x = np.exp(entropy) - np.exp(entropy).mean()
-    y = score - score.mean()
-    a = -float(x @ y) / float(x @ x)
-    error = y + a * x
-    r2 = 1 - float(error @ error) / float(y @ y)
-    return Law(a, float(score.mean() + a * np.exp(entropy).mean()), math.sqrt(float(np.mean(error**2))), r2, len(x))
+    x, y = np.exp(np.asarray(entropy, dtype=np.float64)), np.asarray(score, dtype=np.float64)
+    if np.ptp(y) == 0:
+        return Law(0.0, float(y[0]), 0.0, None, len(y))
+    from_mean = x - x.mean()
+    a = -float(from_mean @ (y - y.mean())) / float(from_mean @ from_mean)
+    b = float(y.mean() + a * x.mean())
+    unexplained, variance = float(np.mean((y - b + a * x) ** 2)), float(np.var(y))
+    return Law(a, b, math.sqrt(unexplained), 1 - unexplained / variance if variance > 0 else None, len(y))
 
 
 def response_entropy(entropy: Tensor, mask: Tensor) -> float:
@@ -124,23 +111,25 @@ class EntropyLaw(Plugin):
             )
 
     @hookimpl
+    def on_validation_end(self, metrics: Mapping[str, float]) -> None:
+        key = self.config.performance or _only_score(metrics)
+        if key not in metrics:
+            raise DataError(
+                f"plugins.entropy_law.performance={key} is not a metric of the validation, which has "
+                f"{', '.join(sorted(metrics))}"
+            )
+        self._waiting = float(metrics[key])
+
+    @hookimpl
     def observe(self, run: Run, batch: Batch) -> None:
         entropy = response_entropy(batch.entropy, batch.response_mask)
-        if self._waiting is not None:
+        if self._waiting is not None and math.isfinite(self._waiting) and math.isfinite(entropy):
             self._entropy.append(entropy)
             self._score.append(self._waiting)
-            self._waiting = None
+        self._waiting = None
         run.log({"entropy": entropy, "n": len(self._score)})
-        law = self.law()
-        if law is None:
-            return
-        run.log({"a": law.a, "b": law.b, "rmse": law.rmse, "predicted": law.predicted(entropy)})
-        run.log({"residual": self._score[-1] - law.predicted(self._entropy[-1])})
-        if law.r2 is not None:
-            run.log({"r2": law.r2})
-        if law.ceiling is not None:
-            run.log({"ceiling": law.ceiling, "headroom": law.ceiling - self._score[-1]})
-            self._warn(law.ceiling - self._score[-1])
+        if law := self.law():
+            self._log(run, law, entropy)
 
     def law(self) -> Law | None:
         """The fit to the points so far."""
@@ -149,7 +138,15 @@ class EntropyLaw(Plugin):
         first = slice(self.config.fit_points)
         return fit(self._entropy[first], self._score[first])
 
-    def _warn(self, headroom: float) -> None:
+    def _log(self, run: Run, law: Law, entropy: float) -> None:
+        run.log({"a": law.a, "b": law.b, "rmse": law.rmse, "predicted": law.predicted(entropy)})
+        run.log({"residual": self._score[-1] - law.predicted(self._entropy[-1])})
+        if law.r2 is not None:
+            run.log({"r2": law.r2})
+        if law.ceiling is None:
+            return
+        headroom = law.ceiling - self._score[-1]
+        run.log({"ceiling": law.ceiling, "headroom": headroom})
         if headroom < self.config.warn_headroom and not self._warned:
             self._warned = True
             logging.getLogger(__name__).warning(
@@ -158,23 +155,8 @@ class EntropyLaw(Plugin):
             )
 
     @hookimpl
-    def on_step_end(self, metrics: Mapping[str, Any]) -> None:
-        scores = {key: value for key, value in metrics.items() if key.startswith("val-")}
-        if not scores:
-            return
-        key = self.config.performance or _only_score(scores)
-        if key not in scores:
-            raise DataError(
-                f"plugins.entropy_law.performance={key} is not a metric of the validation, which has "
-                f"{', '.join(sorted(scores))}"
-            )
-        value = float(scores[key])
-        self._waiting = value if math.isfinite(value) else None
-
-    @hookimpl
     def on_train_end(self, run: Run) -> None:
-        law = self.law()
-        if law is not None:
+        if law := self.law():
             draw(law, self._entropy, self._score, Path(run.config.trainer.default_local_dir) / PICTURE)
 
     def state_dict(self) -> dict[str, Any]:
@@ -190,8 +172,8 @@ class EntropyLaw(Plugin):
         self._waiting, self._warned = state["waiting"], state["warned"]
 
 
-def _only_score(scores: Mapping[str, Any]) -> str:
-    found = sorted(key for key in scores if key.startswith("val-core/") and "/mean@" in key)
+def _only_score(metrics: Mapping[str, float]) -> str:
+    found = sorted(key for key in metrics if key.startswith("val-core/") and "/mean@" in key)
     if len(found) != 1:
         raise DataError(
             f"the validation has {len(found)} metrics called val-core/…/mean@… ({', '.join(found) or 'none'}): name "

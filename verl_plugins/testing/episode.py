@@ -124,8 +124,7 @@ class Episode:
         rows, full = self._shaped(run, rows)
         rows, put = self._estimated(run, rows, full)
         self._actor.update(step, rows, put | full.written.keys(), self._width)
-        if "prepare_validation" in self._own:
-            self._validate(run)
+        self._validate(run, full)
         if "on_step_end" in self._own:
             metrics = {
                 "training/global_step": float(step),
@@ -142,12 +141,16 @@ class Episode:
             }
             self._driver("on_step_end", run, metrics=metrics)
 
-    def _validate(self, run: FakeRun) -> None:
-        """A few prompts that are not trained on."""
-        prompts = [Prompt(place, copy.deepcopy(self._world.dataset[place])) for place in range(4)]
-        self._driver("prepare_validation", run, prompts=Prompts(prompts))
-        for prompt in prompts:
-            self.recorder.note(run.step, "prepare_validation", f"the row of prompt {prompt.id}", prompt.row)
+    def _validate(self, run: FakeRun, full: Batch) -> None:
+        """A few prompts that are not trained on, and a score of the step's."""
+        if "prepare_validation" in self._own:
+            prompts = [Prompt(place, copy.deepcopy(self._world.dataset[place])) for place in range(4)]
+            self._driver("prepare_validation", run, prompts=Prompts(prompts))
+            for prompt in prompts:
+                self.recorder.note(run.step, "prepare_validation", f"the row of prompt {prompt.id}", prompt.row)
+        if "on_validation_end" in self._own:
+            score = {"val-core/scenario/acc/mean@1": float(full.correct.float().mean())}
+            self._driver("on_validation_end", run, metrics=score)
 
     def _run(self, step: int) -> FakeRun:
         size = len(self._world.dataset)
