@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import hinted_sums
+import numpy as np
 import worked_sums
 
 from verl_plugins.cpu.demo import read_metrics, validation_accuracy
@@ -41,7 +42,9 @@ class Measure:
     """One column: a number per run; None where the run has no such metric."""
 
     title: str
-    value: Callable[[Steps, Sequence[tuple[int, dict]]], float | None]
+    value: Callable[..., float | None]
+    """Of steps and validations, and with `equal_tokens` of the tokens that the cheapest run has generated in all."""
+    equal_tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,22 @@ def at(key: str, step: int) -> Callable:
 def held_out(index: int) -> Callable:
     """Accuracy of sampled answers to held-out prompts: first or last validation."""
     return lambda _, validations: validation_accuracy(validations[index][1])
+
+
+def tokens_so_far(steps: Steps) -> list[float] | None:
+    """Tokens generated before the first step and after each, trained on or not; None where they were not counted."""
+    if any("rollout/tokens" not in step for step in steps):
+        return None
+    return [0.0, *itertools.accumulate(step["rollout/tokens"] for step in steps)]
+
+
+def held_out_at(steps: Steps, validations: Sequence[tuple[int, dict]], tokens: float) -> float | None:
+    """Accuracy of sampled answers to held-out prompts when so many tokens were generated, between two validations."""
+    generated = tokens_so_far(steps)
+    if generated is None:
+        return None
+    places = [generated[step] for step, _ in validations]
+    return float(np.interp(tokens, places, [validation_accuracy(metrics) for _, metrics in validations]))
 
 
 def level_accuracy(level: int, index: int = -1) -> Callable:
@@ -139,6 +158,9 @@ EPO += ("plugins.epo.schedule=constant",)
 """A band and a penalty that can be seen in 30 steps, and no KL term, which grpo has not either."""
 LAW = ("+plugins.entropy_law.min_points=5", "trainer.test_freq=2")
 ACCURACY = [Measure("held-out before", held_out(0)), Measure("held-out after", held_out(-1))]
+AT_EQUAL_TOKENS = Measure("held-out at equal tokens", held_out_at, equal_tokens=True)
+VALIDATED = ("trainer.test_freq=5",)
+"""What that column needs: accuracy while training."""
 EFFECTS = {
     "vade": Effect(
         {"grpo (uniform)": ["grpo"], "vade": ["vade"]},
@@ -154,7 +176,9 @@ EFFECTS = {
             Measure("mixed groups, all steps", mean_of("health/mixed_groups")),
             Measure("mixed groups, last 15", mean_of("health/mixed_groups", -15)),
             *ACCURACY,
+            AT_EQUAL_TOKENS,
         ],
+        common=VALIDATED,
     ),
     "clip_cov": Effect(
         {
@@ -313,8 +337,21 @@ EFFECTS = {
             *(Measure(f"level {level} before", level_accuracy(level, 0)) for level in (2, 3)),
             *(Measure(f"level {level} after", level_accuracy(level)) for level in (2, 3)),
             *ACCURACY,
+            AT_EQUAL_TOKENS,
         ],
+        common=VALIDATED,
         prepare=hinted_sums.prepare,
+    ),
+    "r3": Effect(
+        {"grpo": ["grpo"], "r3, replay only": ["r3", "plugins.r3.reflect_share=0"], "r3": ["r3"]},
+        [
+            Measure("rows with a signal", lambda steps, _: 1 - mean_of("health/zero_advantage_rows")(steps, _)),
+            *(Measure(f"level {level} before", level_accuracy(level, 0)) for level in (2, 3)),
+            *(Measure(f"level {level} after", level_accuracy(level)) for level in (2, 3)),
+            *ACCURACY,
+            AT_EQUAL_TOKENS,
+        ],
+        common=VALIDATED,
     ),
     "prompt_augmentation": Effect(
         {
@@ -331,8 +368,9 @@ EFFECTS = {
             Measure("format reward, first 5", mean_where_known("plugins/prompt_augmentation/format_mean", 0, 5)),
             Measure("format reward, last 5", mean_where_known("plugins/prompt_augmentation/format_mean", -5)),
             *ACCURACY,
+            AT_EQUAL_TOKENS,
         ],
-        common=("actor_rollout_ref.actor.ppo_mini_batch_size=4",),
+        common=("actor_rollout_ref.actor.ppo_mini_batch_size=4", *VALIDATED),
     ),
     "dcpo": Effect(
         {
@@ -457,11 +495,14 @@ def table(effect: Effect, folders: dict[tuple[str, int], Path]) -> str:
     """A markdown table: mean and standard deviation over seeds."""
     lines = ["| variant | " + " | ".join(measure.title for measure in effect.measures) + " |"]
     lines.append("|---" * (len(effect.measures) + 1) + "|")
+    runs = {key: read_run(folder) for key, folder in folders.items()}
+    counted = [generated[-1] for steps, _ in runs.values() if (generated := tokens_so_far(steps))]
+    cheapest = min(counted, default=0.0)
     for variant in effect.variants:
-        data = [read_run(folder) for (name, _), folder in folders.items() if name == variant]
+        data = [run for (name, _), run in runs.items() if name == variant]
         cells = []
         for measure in effect.measures:
-            values = [measure.value(*one) for one in data]
+            values = [measure.value(*one, *([cheapest] if measure.equal_tokens else [])) for one in data]
             if None in values:
                 cells.append("—")
                 continue
