@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -47,6 +48,21 @@ class TensorSource:
         """Nothing to do."""
 
 
+@dataclass(frozen=True)
+class Addition:
+    """A response that `select_rows` adds to a group: all its tokens are the policy's, its reward is on the last."""
+
+    key: str
+    like: int
+    """The row of the batch whose prompt and dataset columns it shares."""
+    response: np.ndarray
+    """[n] token ids."""
+    reward: float
+    correct: bool
+    rollout_log_probs: np.ndarray | None
+    """[n] what the rollout server reported when it was generated."""
+
+
 class Batch:
     """The responses of one training step, padding rows left out; fields are fetched when first read.
 
@@ -63,6 +79,8 @@ class Batch:
         """Fields put by plugins, still to be shipped by the bridge."""
         self.dropped = torch.zeros(len(source.keys), dtype=torch.bool)
         """[B] rows that `drop` removed."""
+        self.additions: list[Addition] = []
+        """What `add` added; rows of the later stages, not of this batch."""
 
     @classmethod
     def from_tensors(cls, *, uid: Sequence[str], full: Batch | None = None, **fields: Any) -> Batch:
@@ -315,16 +333,66 @@ class Batch:
         if bool(self.dropped.all()):
             raise DataError(f"select_rows dropped all {len(self)} rows of the batch; at least one must remain")
 
+    def add(
+        self,
+        like: int,
+        response: np.ndarray,
+        *,
+        reward: float,
+        correct: bool,
+        rollout_log_probs: np.ndarray | None = None,
+    ) -> None:
+        """Train on a further response to the prompt of row `like`, in its group (`select_rows` only).
+
+        Args:
+            like: a row of this batch.
+            response: [n] token ids, all of them the policy's.
+            reward: its score.
+            correct: its verdict.
+            rollout_log_probs: [n] log-probs under the policy that generated it; needed where the rollout reports them.
+
+        Raises:
+            DataError: if there is no such row, the response is empty or the log-probs are not one per token.
+        """
+        if not 0 <= like < len(self) or not len(response):
+            raise DataError(f"add: row {like} of {len(self)} and {len(response)} tokens; a row and a token are needed")
+        if rollout_log_probs is not None and len(rollout_log_probs) != len(response):
+            raise DataError(f"add: {len(rollout_log_probs)} rollout_log_probs for {len(response)} tokens")
+        uid = self.uid[like]
+        session = self._next_session.get(uid, 0)
+        self._next_session[uid] = session + 1
+        key = f"{uid}_{session}_0"
+        new = Addition(key, int(like), response, float(reward), bool(correct), rollout_log_probs)
+        self.additions = [*self.additions, new]
+
+    @cached_property
+    def _next_session(self) -> dict[str, int]:
+        return pd.Series(self.session.numpy()).groupby(self.uid).max().add(1).to_dict()
+
     @property
     def full(self) -> Batch:
-        """The batch before `select_rows` dropped rows (fields known by then); this batch when none was dropped."""
+        """The batch as it was rolled out, before `select_rows` dropped or added rows (fields known by then)."""
         return self._full or self
 
+    @cached_property
+    def is_added(self) -> Tensor:
+        """[B] bool: rows that `select_rows` added."""
+        if self._full is None:
+            return torch.zeros(len(self), dtype=torch.bool)
+        return self._rows_in_full >= len(self._full)
+
+    @cached_property
+    def _rows_in_full(self) -> Tensor:
+        """[B] int64 place among the rows of `full` and what was added to them."""
+        known = [*self._full.keys, *(addition.key for addition in self._full.additions)]
+        return torch.from_numpy(pd.Index(known).get_indexer(self.keys))
+
     def from_full(self, values: Tensor) -> Tensor:
-        """Values [B of `full`] of this batch's rows, [B]."""
+        """Values [B of `full`] of this batch's rows, [B]; an added row has the value of the row it was added like."""
         if self._full is None:
             return values
-        return values[torch.from_numpy(pd.Index(self._full.keys).get_indexer(self.keys))]
+        like = torch.tensor([addition.like for addition in self._full.additions], dtype=torch.int64)
+        return torch.cat([values, values[like]])[self._rows_in_full]
 
 
 class Tokens:

@@ -58,7 +58,7 @@ def shape_rewards(run: Run, batch: Batch) -> None:
 
 @hookspec
 def select_rows(run: Run, batch: Batch) -> None:
-    """Drop rows before padding and balancing: `batch.drop(mask)`; later stages see the rest, `batch.full` sees all."""
+    """Drop or add rows before padding: `batch.drop(mask)`, `batch.add(…)`; `batch.full` keeps what was rolled out."""
 
 
 @hookspec(firstresult=True)

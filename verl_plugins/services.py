@@ -5,6 +5,7 @@ These are the types plugins are written against; `bridge/` provides them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -154,6 +155,17 @@ class Prompts(Sequence[Prompt]):
 
     def __iter__(self) -> Iterator[Prompt]:
         return iter(self._prompts)
+
+    def repeat(self, place: int, instead_of: int) -> Prompt:
+        """Draw the prompt at `place` a second time, in the place of another; gives the new draw, a group of its own.
+
+        Raises:
+            DataError: if both are the same place.
+        """
+        if place == instead_of:
+            raise DataError(f"repeat: the draw at place {place} cannot give way to itself")
+        self._prompts[instead_of] = Prompt(self._prompts[place].id, copy.deepcopy(self._prompts[place].row))
+        return self._prompts[instead_of]
 
 
 @dataclass

@@ -25,6 +25,8 @@ TRUST_REGION = "as in the authors' code, the drift that is penalised is the mean
 SUMS_PER_ROW = Scenario(overrides={"actor_rollout_ref.actor.loss_agg_mode": "seq-mean-token-sum"})
 WITH_BONUS = Scenario(overrides={"actor_rollout_ref.actor.entropy_coeff": 0.001})
 SOLVED = Scenario(columns={"extra_info": lambda prompt_id: {"solution": f"{prompt_id} and 7 more"}})
+SECOND_EPOCH = Scenario(overrides={"data.train_batch_size": 48}, seed=5)
+"""Every step is an epoch of its own, so that prompts are reflected on; with this seed answers are replayed, too."""
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "grpo": [{"config": {"scale": "none"}}],
     "mc_grpo": [
@@ -82,6 +84,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
             "except_for": {"gradient.loss_terms": "the authors' form has no gradient"},
         },
         {"config": {"smooth_form": "mask_pg", "max_ratio": 1.2, "schedule": "exp"}},
+    ],
+    "r3": [
+        {"scenario": SECOND_EPOCH},
+        {"scenario": SECOND_EPOCH, "config": {"old_log_probs": "stored", "rank_set": "all_failed", "alpha": 2.0}},
+        {"scenario": SECOND_EPOCH, "config": {"mix": "append", "strategy": "random", "capacity": 1}},
     ],
     "sage": [{"scenario": SOLVED}, {"scenario": SOLVED, "config": {"variant": "sage-light"}}],
     "entropy_law": [{"scenario": Scenario(overrides={"trainer.test_freq": 1}), "config": {"min_points": 2}}],

@@ -60,11 +60,11 @@ class DrawsPrompts:
         count = num_prompts or self.config.data.train_batch_size
         with self.clock():
             chosen = self._select(count)
-        prompts = [Prompt(prompt_id, self.rows[prompt_id]) for prompt_id in chosen]
+        prompts = Prompts([Prompt(prompt_id, self.rows[prompt_id]) for prompt_id in chosen])
+        with self.clock():
+            self.plugins.hook.prepare_prompts(run=self.run, prompts=prompts)
         for prompt in prompts:
             prompt.row["uid"] = self._next_uid(prompt.id)
-        with self.clock():
-            self.plugins.hook.prepare_prompts(run=self.run, prompts=Prompts(prompts))
         batch = tu.get_tensordict(_collate(prompts, "prepare_prompts"))
         tu.assign_non_tensor_data(batch, "global_steps", self.global_steps)
         return batch

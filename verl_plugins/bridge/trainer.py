@@ -29,6 +29,7 @@ from verl.utils.debug import marked_timer
 from verl_plugins.batch import Batch
 from verl_plugins.bridge import census
 from verl_plugins.bridge.actor import PluginActorWorker
+from verl_plugins.bridge.additions import store_additions
 from verl_plugins.bridge.defaults import DriverDefaults
 from verl_plugins.bridge.drawing import DrawsPrompts
 from verl_plugins.bridge.loss import STEP_KEY
@@ -118,13 +119,15 @@ class Stages(DrawsPrompts, SavesState):
         self.plugins.hook.select_rows(run=self.run, batch=self._full)
         if self._full.written:
             batch = self._store(batch, self._full)
-        prompts = len(set(self._full.uid))
         kept = [key for key, dropped in zip(batch.keys, self._full.dropped.tolist(), strict=True) if not dropped]
-        if len(kept) < len(batch):
+        if self._full.additions:
+            batch = store_additions(batch, self._full)
+            kept = sorted([*kept, *batch.keys[len(self._full) :]], key=_row_order)
+        if kept != batch.keys:
             batch = batch.select_keys(kept)
-        self._rows_per_prompt = (
-            len(kept) // prompts if len(kept) < len(self._full) and not len(kept) % prompts else None
-        )
+        prompts = len(set(self._full.uid))
+        resized = len(kept) != len(self._full) and not len(kept) % prompts
+        self._rows_per_prompt = len(kept) // prompts if resized else None
         return batch
 
     def _keep_order(self) -> Any:
@@ -136,7 +139,7 @@ class Stages(DrawsPrompts, SavesState):
 
     @contextmanager
     def _group_size(self) -> Iterator[None]:
-        """verl sizes mini-batches as prompts times `rollout.n`; after rows were dropped a prompt has fewer."""
+        """verl sizes mini-batches as prompts times `rollout.n`; a prompt may have fewer rows now, or more."""
         rollout = self.config.actor_rollout_ref.rollout
         before = rollout.n
         rollout.n = self._rows_per_prompt or before
@@ -233,7 +236,8 @@ class Stages(DrawsPrompts, SavesState):
         known["rm_scores"] = known.pop("token_level_rewards")
         if self._prompt_log_probs:
             known["prompt_log_probs"] = torch.stack([self._prompt_log_probs[key] for key in keys])
-        full = self._full if len(keys) < len(self._full) else None
+        changed = bool(self._full.dropped.any()) or self._full.additions
+        full = self._full if changed else None
         self._batch = batch = self._open(keys, known, full)
 
         def verls_estimator() -> Tensor:

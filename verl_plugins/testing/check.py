@@ -106,7 +106,11 @@ def check_plugin(
     if cls is not None:
         check.about_class(cls, config or {})
         if not check.open():
-            check.play(lambda: cls(typed(cls.Config, config, f"plugins.{cls.name}")), scenario or Scenario())
+            with tempfile.TemporaryDirectory() as folder:
+                own = {"trainer.default_local_dir": folder}  # where plugins put files
+                world = scenario or Scenario()
+                world = dataclasses.replace(world, overrides={**own, **world.overrides})
+                check.play(lambda: cls(typed(cls.Config, config, f"plugins.{cls.name}")), world, Path(folder))
         if golden is not None:
             check.replay(Path(golden), replay)
     if faults := [*check.open(), *check.about_exceptions()]:
@@ -195,7 +199,7 @@ class _Check:
 
     # Episodes
 
-    def play(self, make: Maker, scenario: Scenario) -> None:
+    def play(self, make: Maker, scenario: Scenario, folder: Path) -> None:
         """All laws about stages."""
         name = make().name
         config = scenario.config({name: dataclasses.asdict(make().config)})
@@ -205,11 +209,11 @@ class _Check:
             return self._add("check", f"refuses the scenario; change it with scenario=Scenario(overrides=…): {error}")
         except Exception as error:
             return self._add("check", f"raises {_one_line(error)}")
-        with global_seed(1), tempfile.TemporaryDirectory() as folder:
+        with global_seed(1):
             base = Episode(make, scenario, config, watch=True)
             try:
                 base.play(BEFORE)
-                saved = self._save(base, Path(folder))
+                saved = self._save(base, folder)
                 base.play(AFTER, end=True)
             except StageFailed as failure:
                 self._add("runs", str(failure), failure.stage)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -201,18 +202,21 @@ class Episode:
             self._check_ids(ids, count, run)
             self.recorder.note(run.step, "select_prompts", "the choice", ids)
         ids = self._continue_with(run.step, "select_prompts", ids)
-        prompts = [Prompt(prompt_id, self._world.dataset[prompt_id]) for prompt_id in ids]
+        prompts = Prompts([Prompt(prompt_id, self._world.dataset[prompt_id]) for prompt_id in ids])
         if "prepare_prompts" in self._own:
-            self._driver("prepare_prompts", run, prompts=Prompts(prompts))
+            self._driver("prepare_prompts", run, prompts=prompts)
             for name in sorted({name for prompt in prompts for name in prompt.row}):
                 having = sum(name in prompt.row for prompt in prompts)
                 if having < count:
                     raise StageFailed("prepare_prompts", f"sets column {name!r} on {having} of {count} prompts")
-            for prompt in prompts:
+            for place, prompt in enumerate(prompts):
                 self.recorder.note(
-                    run.step, "prepare_prompts", f"the row of prompt {prompt.id}", copy.deepcopy(prompt.row)
+                    run.step,
+                    "prepare_prompts",
+                    f"the row of draw {place}, prompt {prompt.id}",
+                    copy.deepcopy(prompt.row),
                 )
-        return prompts
+        return list(prompts)
 
     def _check_ids(self, ids: list[int], count: int, run: FakeRun) -> None:
         size = len(self._world.dataset)
@@ -287,16 +291,23 @@ class Episode:
         """Rewards shaped and rows dropped: the rows that are left, and the whole batch."""
         if self._change.shuffle:
             rows = rows.shuffled(run.step)
-        full = self._batch(rows, ())
+        full = self._batch(rows, self._needs & {"rollout_log_probs"})
         if "shape_rewards" in self._own:
             self._driver("shape_rewards", run, batch=full)
             self._record(run, "shape_rewards", "the reward of row", full, full.rewards)
         if "select_rows" in self._own:
             self._driver("select_rows", run, batch=full)
             self._record(run, "select_rows", "the mark for dropping row", full, full.dropped)
-        dropped = [key for key, gone in zip(full.keys, full.dropped.tolist(), strict=True) if gone]
-        dropped = set(self._continue_with(run.step, "select_rows", dropped))
+            for new in full.additions:
+                what = [new.response.tolist(), new.reward, new.correct]
+                self.recorder.note(run.step, "select_rows", f"the added row {new.key}", what)
+        dropped = {key for key, gone in zip(full.keys, full.dropped.tolist(), strict=True) if gone}
+        added = [(full.keys[new.like], new) for new in full.additions]
+        dropped, added = self._continue_with(run.step, "select_rows", (dropped, added))
+        place = {key: row for row, key in enumerate(full.keys)}
+        full.additions = [replace(new, like=place[key]) for key, new in added]
         rows = self._rows_to_continue_with(run.step, "shape_rewards", rows, full.written)
+        rows = rows.with_additions(full.additions)
         return rows.rows([row for row, key in enumerate(rows.keys) if key not in dropped]), full
 
     def _estimated(self, run: FakeRun, rows: Table, full: Batch) -> tuple[Table, set[str]]:
@@ -304,7 +315,8 @@ class Episode:
         if self._change.shuffle:
             rows = rows.shuffled(run.step + 1)
         known = {"old_log_probs", *(self._needs & set(POLICY_FIELDS))}
-        batch = self._batch(rows, known, full if len(rows) < len(full) else None)
+        changed = bool(full.dropped.any()) or full.additions
+        batch = self._batch(rows, known, full if changed else None)
         plain = batch.to_tokens(grpo_advantage(batch.scores, batch.groups))
         self._defaults.estimator = plain.clone
         advantages = plain

@@ -88,11 +88,11 @@ class FakeRun:
 
     def log_probs(self, batch: Batch, temperature: float | None = None) -> Tensor:
         within = torch.arange(batch.responses.shape[1]) < batch.lengths[:, None]
-        return _plausible(batch.responses, temperature) * within
+        return plausible(batch.responses, temperature) * within
 
     def score(self, prompts: Sequence, targets: Sequence) -> list[Tensor]:
         pairs = zip(map(self._ids, prompts), map(self._ids, targets), strict=True)
-        return [_plausible(torch.tensor(target, dtype=torch.int64) + sum(prompt)) for prompt, target in pairs]
+        return [plausible(torch.tensor(target, dtype=torch.int64) + sum(prompt)) for prompt, target in pairs]
 
     def generate(
         self, prompts: Sequence, n: int = 1, temperature: float | None = None, max_tokens: int | None = None
@@ -101,7 +101,7 @@ class FakeRun:
 
     def _answer(self, number: int, max_tokens: int | None) -> Generated:
         ids = [*self.tokenizer(str(number % 20))["input_ids"], self.tokenizer.eos_token_id][:max_tokens]
-        return Generated(ids, _plausible(torch.tensor(ids)).tolist(), self.tokenizer.decode(ids))
+        return Generated(ids, plausible(torch.tensor(ids)).tolist(), self.tokenizer.decode(ids))
 
     def _ids(self, text: Any) -> list[int]:
         """Chat messages, text or token ids -> token ids."""
@@ -112,7 +112,7 @@ class FakeRun:
         return [int(token) for token in text]
 
 
-def _plausible(ids: Tensor, temperature: float | None = None) -> Tensor:
+def plausible(ids: Tensor, temperature: float | None = None) -> Tensor:
     """Token ids -> float32 log-probs of the same shape, from -2 to -1/8 at temperature 1."""
     return -((ids * 31 + 7) % 16 + 1).float() / 8 / (1.0 if temperature is None else temperature)
 

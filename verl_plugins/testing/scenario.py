@@ -16,9 +16,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
+from verl_plugins.batch import Addition
 from verl_plugins.compose import verl_config
 from verl_plugins.services import Answer, Prompt, Rollout, Verdict
-from verl_plugins.testing.fakes import FakeTokenizer
+from verl_plugins.testing.fakes import FakeTokenizer, plausible
 
 TOKENIZER = FakeTokenizer()
 PROMPT_FIELDS = ("prompts", "prompt_log_probs")
@@ -178,6 +179,40 @@ class Table:
             if name in self.columns
         }
         return self.with_columns(changed)
+
+    def with_additions(self, additions: Sequence[Addition]) -> Table:
+        """The responses that `select_rows` added, at the end: rows like those of their groups, with other tokens."""
+        if not additions:
+            return self
+        ids = [torch.as_tensor(addition.response).long() for addition in additions]
+        policy = [plausible(row) for row in ids]
+        last = [torch.zeros(len(row)).index_fill_(0, torch.tensor(len(row) - 1), 1.0) for row in ids]
+        known = [addition.rollout_log_probs for addition in additions]
+        rollout = [old if own is None else own for own, old in zip(known, policy, strict=True)]
+        of_tokens = {
+            "responses": ids,
+            "response_mask": [torch.ones_like(row) for row in ids],
+            "rm_scores": [row * addition.reward for row, addition in zip(last, additions, strict=True)],
+            "rollout_log_probs": [torch.as_tensor(row) for row in rollout],
+            **dict.fromkeys(("old_log_probs", "log_probs", "ref_log_prob"), policy),
+            **dict.fromkeys(("entropy", "current_entropy"), [-row for row in policy]),
+        }
+        old = self.as_wide_as(max(self.width, *map(len, ids)))
+        wide = [torch.zeros(old.width)]
+        keys = [addition.key for addition in additions]
+        new = old.rows([addition.like for addition in additions]).with_columns(
+            {name: _pad([*rows, *wide])[:-1].to(rows[0].dtype) for name, rows in of_tokens.items()}
+            | {
+                "uid": _uids(keys),
+                "response_lengths": torch.tensor([len(row) for row in ids]),
+                "verdict": torch.tensor([float(addition.correct) for addition in additions]),
+                "extra_fields": [{"reward_extra_info": {"acc": float(addition.correct)}} for addition in additions],
+            }
+        )
+        join = lambda one, two: torch.cat([one, two]) if isinstance(one, Tensor) else [*one, *two]  # noqa: E731
+        return Table(
+            [*self.keys, *keys], {name: join(column, new.columns[name]) for name, column in old.columns.items()}
+        )
 
     def with_columns(self, columns: Mapping[str, Any]) -> Table:
         """Columns added or replaced."""

@@ -1,0 +1,84 @@
+"""Responses that `select_rows` adds become rows of the queue: the row they are like, with other tokens.
+
+What belongs to the prompt is copied. What has a value per token of the response is made new, or refused where it cannot
+be known.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import transfer_queue as tq
+from torch import Tensor
+from transfer_queue import KVBatchMeta
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+
+from verl_plugins.batch import Addition, Batch
+from verl_plugins.bridge.rows import VERDICT
+from verl_plugins.errors import DataError
+
+
+def store_additions(meta: KVBatchMeta, batch: Batch) -> KVBatchMeta:
+    """Write what was added to `batch` into the queue; `meta` with these rows at its end.
+
+    Raises:
+        DataError: if rows have a field per token that an added response does not have.
+    """
+    tags = dict(zip(meta.keys, meta.tags, strict=True))
+    likes = list(dict.fromkeys(addition.like for addition in batch.additions))
+    stored = tq.kv_batch_get(keys=[batch.keys[row] for row in likes], partition_id=meta.partition_id)
+    samples = {row: stored[place] for place, row in enumerate(likes)}
+    rows = [_row(samples[addition.like], addition) for addition in batch.additions]
+    new_tags = [_tag(tags[batch.keys[addition.like]], addition) for addition in batch.additions]
+    keys = [addition.key for addition in batch.additions]
+    table = list_of_dict_to_tensordict(rows)
+    tq.kv_batch_put(keys=keys, partition_id=meta.partition_id, fields=table, tags=new_tags)
+    return KVBatchMeta(
+        keys=meta.keys + keys,
+        tags=meta.tags + new_tags,
+        partition_id=meta.partition_id,
+        fields=meta.fields,
+        extra_info=meta.extra_info,
+    )
+
+
+def _row(sample: Any, addition: Addition) -> dict[str, Any]:
+    like = {name: sample[name] for name in sample.keys()}  # noqa: SIM118  a TensorDict iterates over its batch
+    row = {name: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value) for name, value in like.items()}
+    responses = torch.as_tensor(addition.response, dtype=like["responses"].dtype)
+    input_ids = torch.cat([like["prompts"], responses])
+    mask = torch.ones_like(responses, dtype=like["response_mask"].dtype)
+    rewards = torch.zeros(len(responses), dtype=like["rm_scores"].dtype)
+    rewards[-1] = addition.reward
+    own = {
+        "responses": responses,
+        "response_mask": mask,
+        "loss_mask": mask,
+        "input_ids": input_ids,
+        "position_ids": torch.arange(len(input_ids), dtype=like["position_ids"].dtype),
+        "rm_scores": rewards,
+        VERDICT: torch.tensor(float(addition.correct)),
+        "extra_fields": _facts(row["extra_fields"], addition),
+    }
+    if addition.rollout_log_probs is not None and "rollout_log_probs" in like:
+        own["rollout_log_probs"] = torch.as_tensor(addition.rollout_log_probs, dtype=like["rollout_log_probs"].dtype)
+    for name, value in like.items():
+        per_token = isinstance(value, Tensor) and value.dim() > 0 and name != "prompts"
+        if (per_token and name not in own) or (name == "multi_modal_inputs" and value):
+            raise DataError(
+                f"add: row {addition.key} needs the field {name!r}, whose values belong to the tokens of the response "
+                f"it is like; a response can only be added where no such field is in the queue"
+            )
+    return row | own
+
+
+def _facts(extra_fields: dict[str, Any], addition: Addition) -> dict[str, Any]:
+    """What the reward function said of the other response is not said of this one."""
+    return {**extra_fields, "reward_extra_info": {"acc": float(addition.correct), "score": addition.reward}}
+
+
+def _tag(tag: dict[str, Any], addition: Addition) -> dict[str, Any]:
+    size = len(addition.response)
+    return {**tag, "response_len": size, "seq_len": tag["prompt_len"] + size}
