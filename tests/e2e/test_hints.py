@@ -40,9 +40,9 @@ class Scripted(Sage):
 '''
 
 
-@pytest.fixture(scope="module")
-def sage(tmp_path_factory: pytest.TempPathFactory) -> Training:
-    """Two steps; nearly all sums of large digits fail at first."""
+@pytest.fixture(scope="module", params=["sync", "colocate_async"])
+def sage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Training:
+    """Two steps in each mode; nearly all sums of large digits fail at first."""
     folder = tmp_path_factory.mktemp("sage")
     (folder / "scripted.py").write_text(SCRIPTED)
     information = folder / "scripted-1.0.dist-info"
@@ -62,6 +62,7 @@ def sage(tmp_path_factory: pytest.TempPathFactory) -> Training:
         *SHORT,
         "+plugins.scripted_sage.hint_attempts=2",
         "+plugins.scripted_sage.hint_max_tokens=8",
+        f"trainer.v1.trainer_mode={request.param}",
         "trainer.total_training_steps=2",
         "trainer.save_freq=2",
         f"trainer.rollout_data_dir={folder / 'rollouts'}",
@@ -72,7 +73,8 @@ def sage(tmp_path_factory: pytest.TempPathFactory) -> Training:
     )
 
 
-def test_failed_groups_are_rolled_out_again(sage: Training) -> None:
+def test_failed_groups_are_rolled_out_again(sage: Training, request: pytest.FixtureRequest) -> None:
+    on_policy = request.node.callspec.params["sage"] == "sync"
     for step in sage.steps:
         prefix = "plugins/scripted_sage/"
         found = {key.removeprefix(prefix): value for key, value in step.items() if key.startswith(prefix)}
@@ -85,11 +87,12 @@ def test_failed_groups_are_rolled_out_again(sage: Training) -> None:
         assert (found["hint_attempts"], found["hint_parse_failed"]) == (2, 1)
         assert 2 <= found["hint_tokens_mean"] <= 16
         assert step["health/all_wrong_groups"] == pytest.approx(found["needing_hint"] * found["still_unsolved"])
-        assert step["training/rollout_probs_diff_max"] < 1e-3, "log-probs are those of the prompt with its hint"
+        if on_policy:
+            assert step["training/rollout_probs_diff_max"] < 1e-3, "log-probs are those of the prompt with its hint"
+            assert step["rollout/responses_per_prompt"] == pytest.approx(step["rollout/responses"] / PROMPTS)
         assert step["actor/grad_norm"] > 0.01
         hinted = PROMPTS * found["needing_hint"]
         assert step["rollout/responses"] == pytest.approx(PROMPTS * ROLLOUTS + hinted * (ROLLOUTS + 2))
-        assert step["rollout/responses_per_prompt"] == pytest.approx(step["rollout/responses"] / PROMPTS)
         assert step["rollout/tokens"] > step["health/generated_tokens"] + hinted * found["hint_tokens_mean"]
 
 
@@ -110,4 +113,5 @@ def test_levels_are_saved(sage: Training) -> None:
     from safetensors.torch import load_file
 
     arrays = load_file(sage.out / "global_step_2/plugins/arrays.safetensors")
-    assert set(arrays["driver/scripted_sage/level"].tolist()) == {0, 3}
+    level = arrays["driver/scripted_sage/level"]
+    assert set(level[level >= 0].tolist()) == {0, 3}
