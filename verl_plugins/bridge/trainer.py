@@ -38,6 +38,7 @@ from verl_plugins.bridge.rollout import METRICS_FIELD
 from verl_plugins.bridge.rows import MAX_TOKENS, ROLLOUT_N
 from verl_plugins.bridge.run import DriverRun
 from verl_plugins.bridge.saving import SavesState
+from verl_plugins.bridge.validation import fast_validation_metrics
 from verl_plugins.cpu.registration import ROLLOUT_NAME
 from verl_plugins.diagnostics.budget import rollout_budget
 from verl_plugins.diagnostics.health import Watch, group_health, policy_health, reward_parts, signal_health
@@ -306,7 +307,8 @@ class Stages(DrawsPrompts, SavesState):
                 self.reporter.note(f"warning: {sentence}")
 
     def _validate(self) -> dict[str, float]:
-        metrics = super()._validate()
+        with fast_validation_metrics():
+            metrics = super()._validate()
         self.plugins.hook.on_validation_end(run=self.run, metrics=metrics)
         if self.reporter is not None:
             self.reporter.validation(self.global_steps, metrics)
