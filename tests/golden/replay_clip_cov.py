@@ -1,16 +1,25 @@
-"""Clip-Cov: the policy-loss hook on one micro-batch, then verl's aggregation."""
+"""Clip-Cov: the policy-loss hook on one micro-batch, watched while it chooses, then verl's aggregation."""
 
 import torch
 from cases import Case, actor_config, aggregate, make_tokens
 
-from verl_plugins.entropy.clip_cov import ClipCov, candidates, covariance
+from verl_plugins.entropy.clip_cov import ClipCov, candidates
 
 OPTIONS = ("clip_cov_ratio", "clip_cov_lb", "clip_cov_ub")
 
 
+class Watched(ClipCov):
+    """Keeps the candidates that the hook chooses from, [rows,T] bool."""
+
+    def _choose(self, cov, mask, clipped, rng):
+        places = candidates(cov, mask, self.config.clip_cov_lb, self.config.clip_cov_ub, clipped)
+        self.candidates = torch.zeros_like(mask).flatten().index_fill_(0, places, True).view_as(mask)
+        return super()._choose(cov, mask, clipped, rng)
+
+
 def replay(case: Case, expected: dict) -> dict:
     defaults = ClipCov.Config()
-    plugin = ClipCov(ClipCov.Config(**{name: case.param(name, getattr(defaults, name)) for name in OPTIONS}))
+    plugin = Watched(ClipCov.Config(**{name: case.param(name, getattr(defaults, name)) for name in OPTIONS}))
     logged = {}
     config = actor_config(case)
     tokens = make_tokens(
@@ -20,20 +29,11 @@ def replay(case: Case, expected: dict) -> dict:
         config=config,
         log=lambda owner, metrics, reduce: logged.update(metrics),
     )
-    losses = plugin.policy_loss(tokens)
-    loss = aggregate(losses, tokens.response_mask, config)
+    loss = aggregate(plugin.policy_loss(tokens), tokens.response_mask, config)
     loss.backward()
-
-    mask = tokens.response_mask
-    cov = covariance(tokens.advantages, tokens.log_probs.detach(), mask.double())
-    ratio = (tokens.log_probs - tokens.old_log_probs).detach().exp()
-    bounded = ratio.clamp(1 - config.clip_ratio_low, 1 + config.clip_ratio_high)
-    clipped = -tokens.advantages * bounded > -tokens.advantages * ratio
-    candidate = torch.zeros_like(mask).flatten()
-    candidate[candidates(cov, mask, plugin.config.clip_cov_lb, plugin.config.clip_cov_ub, clipped)] = True
     return logged | {
         "pg_loss": loss.item(),
         "loss": loss.item(),
         "grad_log_prob": tokens.log_probs.grad,
-        "candidate_mask": candidate.view_as(mask),
+        "candidate_mask": plugin.candidates,
     }

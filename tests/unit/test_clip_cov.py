@@ -175,6 +175,10 @@ class TestMetrics:
         assert logged["pg_clipfrac"] == pytest.approx(zeroed / int(valid.sum()))
         assert 0.2 < logged["selected_cov"] < 5
         assert 0 < logged["ppo_clipfrac"] < 1
+        cov = covariance(given["advantages"], given["log_probs"], valid.double())[valid]
+        assert logged["cov_mean"] == pytest.approx(float(cov.mean()))
+        assert logged["cov_p999"] == pytest.approx(float(cov.quantile(0.999)))
+        assert logged["cov_max"] == pytest.approx(float(cov.max()))
 
     def test_generator_is_its_own(self):
         plugin, given = method(clip_cov_ratio=0.1, clip_cov_lb=0.2), fields(5)
@@ -197,9 +201,9 @@ class TestBatchScope:
     """Chosen once per step, so the split into micro-batches does not matter."""
 
     @FEW
-    @given(SEEDS, st.integers(1, 5))
-    def test_split_does_not_matter(self, seed, cut):
-        given = fields(seed)
+    @given(SEEDS, st.sampled_from([1, 4, 16]))
+    def test_split_does_not_matter(self, seed, size):
+        given = fields(seed, rows=40)
         plugin = method(scope="batch", clip_cov_ratio=0.2, clip_cov_lb=0.2)
         chosen = chosen_for_batch(plugin, given)
 
@@ -208,9 +212,10 @@ class TestBatchScope:
             tokens = tokens_of(part, extra=lambda name: {CHOSEN: chosen}[name][rows])
             return losses_and_gradient(plugin, tokens)
 
-        whole, first, second = run(slice(None)), run(slice(0, cut)), run(slice(cut, None))
-        for together, one, other in zip(whole, first, second, strict=True):
-            assert torch.equal(together, torch.cat([one, other]))
+        whole = run(slice(None))
+        parts = [run(slice(start, start + size)) for start in range(0, 40, size)]
+        for together, pieces in zip(whole, zip(*parts, strict=True), strict=True):
+            assert torch.equal(together, torch.cat(pieces))
         assert (whole[1][chosen] == 0).all()
         assert not (chosen & ~given["response_mask"]).any()
 
@@ -219,6 +224,15 @@ class TestBatchScope:
         one, again, other = (chosen_for_batch(plugin, given, step) for step in (1, 1, 2))
         assert torch.equal(one, again)
         assert not torch.equal(one, other)
+
+    @FEW
+    @given(SEEDS)
+    def test_per_micro_batch_of_one_response_nothing_is_chosen(self, seed):
+        given, plugin = fields(seed), method(clip_cov_ratio=1.0, clip_cov_lb=1e-6)
+        for row in range(6):
+            logged = {}
+            losses_and_gradient(plugin, tokens_of({name: v[row : row + 1] for name, v in given.items()}, logged=logged))
+            assert logged["num_candidates"] == 0
 
     def test_per_micro_batch_puts_nothing(self):
         with pytest.raises(KeyError):

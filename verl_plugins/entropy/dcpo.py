@@ -13,7 +13,7 @@ towards a sharper one, by importance weights on the samples it has. H is this st
 mean of -log pi over the tokens of the step before, while the policy was being updated, and 0 in the first step
 (`entropy_source: previous_mc`).
 
-Degenerate cases. p = 0: alpha is 0 (NaN in the authors' code). On target: A' = A. In neither case the pass is made, and
+Degenerate cases. p = 0: alpha is 0 (NaN in the authors' code). On target: A' = A. In neither case is the pass made, and
 it is made for right responses only. All right: A is 0 and the policy is still reinforced by rho.
 
 Another method called DCPO, "Dynamic Clipping Policy Optimization", is arXiv:2509.02333.
@@ -96,13 +96,13 @@ class Dcpo(Plugin):
                 "true_ratio": success_rate,
             }
         )
-        if alpha == 0 or not right.any():
-            run.log({"forward_pass": 0.0})
-            return advantages
-        ratio = tempered_ratio(run, batch, right, temperature)
+        run.log({"forward_pass": float(alpha > 0 and bool(right.any()))})
         mixed = (1 - alpha) * advantages
+        if alpha == 0 or not right.any():
+            return mixed
+        ratio = tempered_ratio(run, batch, right, temperature)
         mixed[right] += (alpha * ratio * mask[right]).to(mixed.dtype)
-        run.log({"forward_pass": 1.0} | _about(ratio[mask[right]], advantages, mixed, alpha, mask))
+        run.log(_about(ratio[mask[right]], advantages, mixed, alpha, mask))
         return mixed
 
     @hookimpl

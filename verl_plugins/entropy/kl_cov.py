@@ -12,8 +12,9 @@ clamped). The paper writes a KL divergence, its code |log r|: a constant push of
 Degenerate cases. While the policy is still the old one log r is 0, and so are penalty and push: with one update per
 rollout batch, and in the first update of every one, this is unclipped policy gradient; a warning says so. Equal
 advantages: cov is rounding noise and the penalty lands anywhere. Means, count and the "at least 1" are per
-micro-batch, as in the authors' code, so the result depends on the split; `scope: batch`, the paper's reading, chooses
-once per step from the old log-probs and does not.
+micro-batch, as in the authors' code, so the result depends on the split: with one response per micro-batch, all of
+whose advantages are equal, chance chooses. `scope: batch`, the paper's reading, chooses once per step from the old
+log-probs and does not depend on it.
 """
 
 from __future__ import annotations
