@@ -168,9 +168,29 @@ class TestSage:
         play(method(), worker)
         assert worker.run.metrics["answer_leak"] == leak
 
+    @pytest.mark.parametrize(("rewards", "leak"), [([[0], [1]], False), ([[0], [0], [1]], True)])
+    def test_only_hints_that_were_shown_can_leak(self, rewards, leak):
+        worker = Worker([json.dumps({"level_1": "add them", "level_2": "it is 4"})], rewards)
+        prompt, _ = play(method(), worker)
+        assert prompt.row["hint_used"] == len(rewards) - 1
+        assert worker.run.metrics["answer_leak"] == leak
+        longest = 800
+        worker = Worker([json.dumps({"level_1": "4 " * longest, "level_2": "add them"})], [[0], [1]], longest)
+        assert play(method(), worker)[0].row["hint_used"] == 2
+        assert not worker.run.metrics["answer_leak"]
+        worker = Worker(["no"] * 3, [[0]])
+        play(method(), worker)
+        assert "answer_leak" not in worker.run.metrics
+
 
 class TestLight:
     """One rollout, at the level of the visit."""
+
+    @pytest.mark.parametrize(("level", "leak"), [(1, False), (2, True), (3, False)])
+    def test_the_hint_that_is_shown_may_leak(self, level, leak):
+        worker = Worker([json.dumps({"level_1": "add", "level_2": "it is 4", "level_3": "count"})], [[0]])
+        play(method(variant="sage-light"), worker, hint_level=level)
+        assert worker.run.metrics["answer_leak"] == leak
 
     def test_fresh_hints_else_the_last_ones_else_none(self):
         plugin = method(variant="sage-light", hint_attempts=1)

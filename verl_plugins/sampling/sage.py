@@ -256,7 +256,7 @@ class Sage(Plugin):
     async def _escalate(self, run: Run, prompt: Prompt, sample: Callable, plain: list[Rollout]) -> list[Rollout]:
         """Groups of rising level until one has a right response; the last one that came back."""
         payload = await self._ask_hints(run, prompt)
-        rollouts, extra, too_long = plain, 0, 0
+        rollouts, extra, too_long, shown = plain, 0, 0, []
         for level in range(1, self.config.max_level + 1):
             if _solved(rollouts) or not (text := hint_text(payload, level)):
                 continue
@@ -265,9 +265,11 @@ class Sage(Plugin):
                 too_long += 1
                 continue
             prompt.row["hint_used"] = level
+            shown.append(text)
             tried = await sample(messages=messages)
             extra += len(tried)
             rollouts = tried or rollouts
+        self._log_leak(run, prompt, shown)
         solved = _solved(rollouts)
         run.log({"rescued": solved, "still_unsolved": not solved, "extra_rollouts": extra, "hint_too_long": too_long})
         return rollouts
@@ -288,6 +290,7 @@ class Sage(Plugin):
         if messages is None or too_long:
             return await sample()
         prompt.row["hint_used"] = wanted
+        self._log_leak(run, prompt, [text])
         return await sample(messages=messages)
 
     async def _ask_hints(self, run: Run, prompt: Prompt) -> dict[str, Any] | None:
@@ -311,11 +314,13 @@ class Sage(Plugin):
             )
             payload, attempts, tokens = parse_hint(answer.text), attempts + 1, tokens + len(answer.token_ids)
         run.log({"hint_attempts": attempts, "hint_parse_failed": payload is None, "hint_tokens_mean": tokens})
-        if payload is not None:
-            truth = re.escape(str(prompt.row["reward_model"]["ground_truth"]))
-            texts = [hint_text(payload, level) or "" for level in range(1, config.max_level + 1)]
-            run.log({"answer_leak": any(re.search(rf"(?<!\w){truth}(?!\w)", text) for text in texts)})
         return payload
+
+    def _log_leak(self, run: Run, prompt: Prompt, shown: Sequence[str]) -> None:
+        """Whether the final answer stands in one of the hints that were shown, if any was."""
+        if shown:
+            truth = re.escape(str(prompt.row["reward_model"]["ground_truth"]))
+            run.log({"answer_leak": any(re.search(rf"(?<!\w){truth}(?!\w)", text) for text in shown)})
 
     def _hinted(self, prompt: Prompt, hint: str) -> Messages:
         return with_hint(prompt.messages, self.wording["hint"].substitute(hint=hint.strip()))
