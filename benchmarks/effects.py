@@ -34,6 +34,7 @@ Steps = Sequence[dict]
 SUM = re.compile(r"\b\d(\+\d)+=")
 """A prompt of the CPU task."""
 HINTS = ("plugins.sage.hint_max_tokens=40", f"plugins.sage.wording={hinted_sums.WORDING}")
+AGAIN = f"plugins.r3.wording={Path(__file__).with_name('again.yaml')}"
 SHORT_TEMPLATES = Path(__file__).with_name("short_templates.yaml")
 
 
@@ -156,10 +157,10 @@ EPO = ("actor_rollout_ref.actor.entropy_coeff=0.02", "actor_rollout_ref.actor.us
 EPO += ("plugins.epo.min_ratio=0.8", "plugins.epo.max_ratio=1.2", "plugins.epo.out_range_penalty=1.0")
 EPO += ("plugins.epo.schedule=constant",)
 """A band and a penalty that can be seen in 30 steps, and no KL term, which grpo has not either."""
-LAW = ("+plugins.entropy_law.min_points=5", "trainer.test_freq=2")
+LAW = ("+plugins.entropy_law.min_points=5", "trainer.test_freq=3")
 ACCURACY = [Measure("held-out before", held_out(0)), Measure("held-out after", held_out(-1))]
 AT_EQUAL_TOKENS = Measure("held-out at equal tokens", held_out_at, equal_tokens=True)
-VALIDATED = ("trainer.test_freq=5",)
+VALIDATED = ("trainer.test_freq=10",)
 """What that column needs: accuracy while training."""
 EFFECTS = {
     "vade": Effect(
@@ -171,7 +172,7 @@ EFFECTS = {
         ],
     ),
     "mopps": Effect(
-        {"grpo (uniform)": ["grpo"], "mopps": ["mopps"], "mopps, pool of 4": ["mopps", "plugins.mopps.pool_ratio=4"]},
+        {"grpo (uniform)": ["grpo"], "mopps": ["mopps"]},
         [
             Measure("mixed groups, all steps", mean_of("health/mixed_groups")),
             Measure("mixed groups, last 15", mean_of("health/mixed_groups", -15)),
@@ -179,6 +180,7 @@ EFFECTS = {
             AT_EQUAL_TOKENS,
         ],
         common=VALIDATED,
+        steps=30,
     ),
     "clip_cov": Effect(
         {
@@ -340,10 +342,11 @@ EFFECTS = {
             AT_EQUAL_TOKENS,
         ],
         common=VALIDATED,
+        steps=30,
         prepare=hinted_sums.prepare,
     ),
     "r3": Effect(
-        {"grpo": ["grpo"], "r3, replay only": ["r3", "plugins.r3.reflect_share=0"], "r3": ["r3"]},
+        {"grpo": ["grpo"], "r3": ["r3", AGAIN], "r3, replay only": ["r3", "plugins.r3.reflect_share=0"]},
         [
             Measure("rows with a signal", lambda steps, _: 1 - mean_of("health/zero_advantage_rows")(steps, _)),
             *(Measure(f"level {level} before", level_accuracy(level, 0)) for level in (2, 3)),
@@ -351,7 +354,8 @@ EFFECTS = {
             *ACCURACY,
             AT_EQUAL_TOKENS,
         ],
-        common=VALIDATED,
+        common=("data.train_max_samples=96", "data.max_prompt_length=48", *VALIDATED),
+        steps=30,
     ),
     "prompt_augmentation": Effect(
         {
@@ -371,6 +375,7 @@ EFFECTS = {
             AT_EQUAL_TOKENS,
         ],
         common=("actor_rollout_ref.actor.ppo_mini_batch_size=4", *VALIDATED),
+        steps=30,
     ),
     "dcpo": Effect(
         {
@@ -396,7 +401,6 @@ EFFECTS = {
             "grpo": ["grpo"],
             "bonus 0.02": ["grpo", "actor_rollout_ref.actor.entropy_coeff=0.02"],
             "epo, bonus 0.02, hinge": ["epo", *EPO],
-            "epo, bonus 0.02, indicator": ["epo", *EPO, "plugins.epo.smooth_form=indicator"],
         },
         [
             Measure("entropy, first 5", mean_of("actor/entropy", 0, 5)),
@@ -409,7 +413,7 @@ EFFECTS = {
         steps=30,
     ),
     "entropy_law": Effect(
-        {"grpo": ["grpo"], "clip_cov": ["clip_cov"], "kl_cov": ["kl_cov"], "bonus 0.02": ["grpo", EPO[0]]},
+        {"grpo": ["grpo"], "clip_cov": ["clip_cov"], "bonus 0.02": ["grpo", EPO[0]]},
         [
             Measure("ceiling at half", law_at_half("ceiling")),
             Measure("r2 at half", law_at_half("r2")),
