@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
-from worked_sums import BATCH, not_held_out, warm_up
+from worked_sums import BATCH, not_held_out, overrides, write_model
 
-from verl_plugins.cpu.model import make_model, make_tokenizer
 from verl_plugins.cpu.task import TaskSettings, write_task
 
 STEPS = 900
@@ -58,14 +57,5 @@ def prepare(folder: Path) -> list[str]:
                 {**info, "solution": solution(text)} for info, text in zip(rows["extra_info"], asked, strict=True)
             ]
             rows.to_parquet(file)
-        tokenizer, model = make_tokenizer(), make_model()
-        warm_up(model, tokenizer, lessons(), STEPS, longest=48)
-        tokenizer.save_pretrained(folder / "unfinished")
-        model.save_pretrained(folder / "unfinished")
-        (folder / "unfinished").rename(folder / "model")
-    files = {
-        "actor_rollout_ref.model.path": "model",
-        "data.train_files": "train.parquet",
-        "data.val_files": "val.parquet",
-    }
-    return [*(f"{key}={folder.absolute() / name}" for key, name in files.items()), "data.max_prompt_length=64"]
+        write_model(folder, lessons(), STEPS, longest=48)
+    return [*overrides(folder), "data.max_prompt_length=64"]

@@ -38,20 +38,27 @@ def prepare(folder: Path) -> list[str]:
     """Make model and data in the folder unless they are there; the overrides that use them."""
     if not (folder / "model").is_dir():
         write_task(folder, TaskSettings())
-        tokenizer, model = make_tokenizer(), make_model()
-        warm_up(model, tokenizer, lessons())
-        tokenizer.save_pretrained(folder / "unfinished")
-        model.save_pretrained(folder / "unfinished")
-        (folder / "unfinished").rename(folder / "model")
+        write_model(folder, lessons(), STEPS, longest=40)
+    return [*overrides(folder), f"data.max_response_length={LONGEST}"]
+
+
+def write_model(folder: Path, batches: Iterable[list[tuple[str, str]]], steps: int, longest: int) -> None:
+    """Warm a model up and put it into the folder; it appears there when it is complete."""
+    tokenizer, model = make_tokenizer(), make_model()
+    warm_up(model, tokenizer, batches, steps, longest)
+    tokenizer.save_pretrained(folder / "unfinished")
+    model.save_pretrained(folder / "unfinished")
+    (folder / "unfinished").rename(folder / "model")
+
+
+def overrides(folder: Path) -> list[str]:
+    """The settings that use model and data of the folder."""
     files = {
         "actor_rollout_ref.model.path": "model",
         "data.train_files": "train.parquet",
         "data.val_files": "val.parquet",
     }
-    return [
-        *(f"{key}={folder.absolute() / name}" for key, name in files.items()),
-        f"data.max_response_length={LONGEST}",
-    ]
+    return [f"{key}={folder.absolute() / name}" for key, name in files.items()]
 
 
 def not_held_out() -> list[Sum]:
@@ -68,7 +75,7 @@ def lessons() -> Iterator[list[tuple[str, str]]]:
 
 
 def warm_up(
-    model: torch.nn.Module, tokenizer, batches: Iterable[list[tuple[str, str]]], steps: int = STEPS, longest: int = 40
+    model: torch.nn.Module, tokenizer, batches: Iterable[list[tuple[str, str]]], steps: int, longest: int
 ) -> None:
     """Next-token prediction of answers, cut at `longest` tokens, to prompts."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)

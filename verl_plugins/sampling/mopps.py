@@ -25,16 +25,15 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from verl_plugins import Batch, CompositionError, DataError, Plugin, Run, StateError, hookimpl, setting
+from verl_plugins import Batch, CompositionError, DataError, Plugin, Run, hookimpl, setting
 from verl_plugins.sampling.vade import (
     check_evidence,
     decay_and_add,
     evidence,
     largest,
-    log_correlation,
-    outcome_shares,
-    read_outcomes,
+    log_outcomes,
     refuse_unknown,
+    sized,
 )
 
 
@@ -121,18 +120,7 @@ class Mopps(Plugin):
         refuse_unknown(self.name, ids, len(self.right))
         alpha, beta = self._belief(ids)
         decay_and_add(self.right, self.wrong, ids, correct, n, self.config.decay, 1.0)
-        mass = self.right + self.wrong
-        mixed, none, every = outcome_shares(correct, n)
-        run.log(
-            {
-                "effective_ratio": mixed,
-                "solve_none": none,
-                "solve_all": every,
-                "seen_fraction": np.count_nonzero(mass) / len(mass),
-                "evidence_mass_mean": float(mass.mean()),
-            }
-        )
-        log_correlation(run, alpha / (alpha + beta), correct / n)
+        log_outcomes(run, alpha / (alpha + beta), correct, n, self.right + self.wrong)
 
     def _belief(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """alpha, beta [k] of these prompts."""
@@ -165,14 +153,7 @@ class Mopps(Plugin):
         return np.random.default_rng(self.shuffle_seed).permutation(len(self.right))
 
     def _prepare(self, prompts: int) -> None:
-        if not len(self.right):
-            self.right, self.wrong = np.zeros(prompts), np.zeros(prompts)
-            if self.config.init_from:
-                ids, correct, total = read_outcomes(self.name, self.config.init_from, prompts)
-                self.right[ids] = self.config.init_weight * correct
-                self.wrong[ids] = self.config.init_weight * (total - correct)
-        if len(self.right) != prompts:
-            raise StateError(f"mopps: the saved state has {len(self.right)} prompts, the dataset {prompts}")
+        self.right, self.wrong = sized(self.name, self.config, self.right, self.wrong, prompts)
 
     def state_dict(self) -> dict[str, Any]:
         of_pass = {"place": self.place, "passes": self.passes, "shuffle_seed": self.shuffle_seed}

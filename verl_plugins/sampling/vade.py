@@ -110,14 +110,26 @@ def refuse_unknown(who: str, ids: np.ndarray, prompts: int) -> None:
         raise DataError(f"{who}: prompt ids {ids[0]} to {ids[-1]} are not all among the {prompts} of the dataset")
 
 
-def outcome_shares(correct: np.ndarray, n: np.ndarray) -> tuple[float, float, float]:
-    """Of [k] prompts with right and all responses: the shares of mixed, all wrong and all right ones."""
-    none, every = correct == 0, correct == n
-    return float((~none & ~every).mean()), float(none.mean()), float(every.mean())
+def log_outcomes(run: Run, predicted: np.ndarray, correct: np.ndarray, n: np.ndarray, mass: np.ndarray) -> None:
+    """Log what a step has shown of its prompts.
 
-
-def log_correlation(run: Run, predicted: np.ndarray, observed: np.ndarray) -> None:
-    """Belief against outcome over [k] prompts, where both vary."""
+    Args:
+        run: where to log.
+        predicted: [k] success rates believed before; their correlation with the outcome is logged where both vary.
+        correct: [k] right responses.
+        n: [k] all responses.
+        mass: [N] evidence about every prompt, after the step.
+    """
+    none, every, observed = correct == 0, correct == n, correct / n
+    run.log(
+        {
+            "effective_ratio": float((~none & ~every).mean()),
+            "solve_none": float(none.mean()),
+            "solve_all": float(every.mean()),
+            "seen_fraction": np.count_nonzero(mass) / len(mass),
+            "evidence_mass_mean": float(mass.mean()),
+        }
+    )
     if predicted.std() > 0 and observed.std() > 0:
         run.log({"predicted_vs_observed_corr": float(np.corrcoef(predicted, observed)[0, 1])})
 
@@ -133,6 +145,22 @@ def read_outcomes(who: str, path: str, prompts: int) -> tuple[np.ndarray, np.nda
             "0 <= correct <= total"
         )
     return ids, correct, total
+
+
+def sized(who: str, settings: Any, right: np.ndarray, wrong: np.ndarray, prompts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Counts [N] of right and wrong, empty ones at their start: zeros, or `init_weight` times what `init_from` knows.
+
+    Raises:
+        StateError: if the counts are of another number of prompts.
+    """
+    if not len(right):
+        right, wrong = np.zeros(prompts), np.zeros(prompts)
+        if settings.init_from:
+            ids, correct, total = read_outcomes(who, settings.init_from, prompts)
+            right[ids], wrong[ids] = settings.init_weight * correct, settings.init_weight * (total - correct)
+    if len(right) != prompts:
+        raise StateError(f"{who}: the saved state has {len(right)} prompts, the dataset {prompts}")
+    return right, wrong
 
 
 def check_evidence(who: str, settings: Any, config: DictConfig) -> None:
@@ -229,18 +257,7 @@ class Vade(Plugin):
             self.alpha, self.beta, ids, correct, n, self.config.lambda_selected, self.config.lambda_unselected
         )
         self.step = run.step
-        mass = self.alpha + self.beta
-        mixed, none, every = outcome_shares(correct, n)
-        run.log(
-            {
-                "effective_ratio": mixed,
-                "solve_none": none,
-                "solve_all": every,
-                "seen_fraction": np.count_nonzero(mass) / len(mass),
-                "evidence_mass_mean": float(mass.mean()),
-            }
-        )
-        log_correlation(run, predicted, correct / n)
+        log_outcomes(run, predicted, correct, n, self.alpha + self.beta)
 
     def evidence(self, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """See the function of this name."""
@@ -255,14 +272,7 @@ class Vade(Plugin):
         return eligible
 
     def _prepare(self, prompts: int) -> None:
-        if not len(self.alpha):
-            self.alpha, self.beta = np.zeros(prompts), np.zeros(prompts)
-            if self.config.init_from:
-                ids, correct, total = read_outcomes(self.name, self.config.init_from, prompts)
-                self.alpha[ids] = self.config.init_weight * correct
-                self.beta[ids] = self.config.init_weight * (total - correct)
-        if len(self.alpha) != prompts:
-            raise StateError(f"vade: the saved state has {len(self.alpha)} prompts, the dataset {prompts}")
+        self.alpha, self.beta = sized(self.name, self.config, self.alpha, self.beta, prompts)
 
     def state_dict(self) -> dict[str, Any]:
         return {"alpha": self.alpha, "beta": self.beta, "selected": self.selected, "step": self.step}
