@@ -115,7 +115,7 @@ def riskpo(batch: Batch, uid: np.ndarray) -> torch.Tensor:
     bundle = bundle_order(groups, np.random.default_rng(0)) // plugin.config.bundle_size
     papers = make_papers(scores, groups, batch.session, bundle)
     low, high = plugin.limits(papers)
-    advantage = risk(papers.scores, low, high, plugin.config, None) / bundle_std(papers)
+    advantage = risk(papers.scores, low, high, plugin.config, (0, 0)) / bundle_std(papers)
     return batch.to_tokens(share_out(advantage, papers, scores, groups, plugin.config.credit))
 
 

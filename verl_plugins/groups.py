@@ -59,7 +59,8 @@ class Groups:
 
     def mean(self, values: Tensor) -> Tensor:
         """[B] mean over the group; the common value itself where all are equal."""
-        return self.moments(values)[0]
+        member, _, shift = self._from_member(self._pick(values))
+        return self._spread(member + shift, _floating(values))
 
     def std(self, values: Tensor, unbiased: bool = True) -> Tensor:
         """[B] standard deviation; exactly 0 where all are equal and for groups of one."""
@@ -67,16 +68,11 @@ class Groups:
 
     def moments(self, values: Tensor, unbiased: bool = True) -> tuple[Tensor, Tensor]:
         """[B] mean and [B] standard deviation, for the price of the latter."""
-        picked = self._pick(values)
-        # Measured from one member of each group: where all are equal, nothing but zeros is summed.
-        member = np.zeros(len(self))
-        member[self._rows] = picked
-        centred = picked - member[self._rows]
-        shift = self._sum(centred) / np.maximum(self._size, 1)
+        member, centred, shift = self._from_member(self._pick(values))
         centred -= shift[self._rows]
         centred *= centred
         variance = self._sum(centred) / np.maximum(self._size - int(unbiased), 1)
-        dtype = values.dtype if values.is_floating_point() else torch.float32
+        dtype = _floating(values)
         return self._spread(member + shift, dtype), self._spread(np.sqrt(variance), dtype)
 
     def min(self, values: Tensor) -> Tensor:
@@ -142,6 +138,13 @@ class Groups:
     def _sum(self, picked: np.ndarray) -> np.ndarray:
         return np.bincount(self._rows, picked, minlength=len(self))
 
+    def _from_member(self, picked: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """[G] one member of each group, [counted rows] the values from it, [G] their mean; 0 where all are equal."""
+        member = np.zeros(len(self))
+        member[self._rows] = picked
+        centred = picked - member[self._rows]
+        return member, centred, self._sum(centred) / np.maximum(self._size, 1)
+
     @cached_property
     def _by_group(self) -> np.ndarray:
         """[counted rows] their order when sorted by group."""
@@ -161,6 +164,11 @@ class Groups:
         if self.counted is not None:
             found[self._size == 0] = 0
         return self._spread(found, values.dtype)
+
+
+def _floating(values: Tensor) -> torch.dtype:
+    """What mean and std of these come in."""
+    return values.dtype if values.is_floating_point() else torch.float32
 
 
 def _factorize(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,6 @@ from verl_plugins.advantage.riskpo import (
     EPSILON,
     LEVELS,
     STD_GUARD,
-    Averages,
     Papers,
     RiskPo,
     at_level,
@@ -58,7 +57,7 @@ def replay_advantage(case: Case, expected: dict) -> dict:
     bundles = Groups(names)
     papers = make_papers(batch.scores, groups, batch.session, groups.per_group(bundles.index))
     low, high = limits(case, config, papers)
-    average = Averages(case.param("g_rvar_avg", 0.0), case.param("g_cvar_avg", 0.0))
+    average = (case.param("g_rvar_avg", 0.0), case.param("g_cvar_avg", 0.0))
     advantage = risk(papers.scores, low, high, config, average)
     std = bundle_std(papers, case.param("bundle_std_guard", STD_GUARD))
     advantage = advantage / (std + EPSILON) if config.scale == "std" else advantage
@@ -95,8 +94,7 @@ def replay_tracker(case: Case) -> dict:
     for scores in case.tensor("bundle_scores_per_step"):
         tracked = track(tracked, scores, case.param("lr_q"))
         low, high = (at_level(tracked, level) for level in levels)
-        average = averages(tracked, low, high, base)
-        values = (tracked.tolist(), float(low), float(high), average.rvar, average.cvar)
+        values = (tracked.tolist(), float(low), float(high), *averages(tracked, low, high, base))
         for name, value in zip(found, values, strict=True):
             found[name].append(value)
     return {f"{name}_per_step": values for name, values in found.items()}

@@ -136,10 +136,8 @@ class TestWeights:
         assert float(weights[0]) == pytest.approx(float(weights[1]))
 
     def test_softmax(self):
-        groups = Groups([0, 0, 0, 1, 1])
-        members = torch.tensor([True, True, False, False, False])
-        found = softmax_within(torch.tensor([1000.0, 1000.0, 9.0, 1.0, 2.0]), members, groups)
-        assert found.tolist() == [0.5, 0.5, 0, 0, 0]
+        found = softmax_within(torch.tensor([1000.0, 9.0, 1000.0, 9.0]), torch.tensor([0, 2, 0, 0]), 3)
+        assert found.tolist() == [0.5, 1, 0.5, 0]
 
 
 def tokens_of(batch: Batch, log_probs, advantages, rows=None, put=None, logged=None, dp_size: int = 1) -> Tokens:

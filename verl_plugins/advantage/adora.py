@@ -147,7 +147,8 @@ class Adora(Plugin):
 
 def generated(batch: Batch) -> Tensor:
     """[B] tokens the policy generated; tool output is not among them."""
-    return batch.response_mask.view(torch.uint8).sum(1, dtype=torch.float32)  # four times as fast as summing bools
+    # Bytes are summed several times as fast as bools, and faster as integers than as floats.
+    return batch.response_mask.view(torch.uint8).sum(1, dtype=torch.int32).float()
 
 
 def summary(found: Lengths, advantageous: Tensor) -> dict[str, float]:

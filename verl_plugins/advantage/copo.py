@@ -60,11 +60,6 @@ def number_answers(answers: Sequence[Any]) -> np.ndarray:
     return np.array([*(numbers[text] for text in texts), -1])[codes]
 
 
-def of_groups(values: Tensor, groups: Groups) -> Tensor:
-    """[B] values that are equal within groups -> [G]."""
-    return values.new_empty(len(groups)).index_copy_(0, groups.index, values)
-
-
 def answer_entropy(answers: np.ndarray, groups: Groups, distinct_missing: bool = True) -> Tensor:
     """Numbers of the answers [B] -> H of each row's group in bits, [B] float64.
 
@@ -74,8 +69,9 @@ def answer_entropy(answers: np.ndarray, groups: Groups, distinct_missing: bool =
     codes = np.where(answers < 0, rows + np.arange(rows), answers) if distinct_missing else answers + 1
     pairs = pd.factorize(groups.index.numpy() * (2 * rows) + codes)[0]
     same = np.bincount(pairs, None if groups.counted is None else groups.counted.numpy())[pairs]
-    share = torch.from_numpy(same).double() / groups.count()
-    return groups.mean(-(share + 1e-8).log2())  # the mean over responses is the sum over answers
+    count = groups.count()
+    share = torch.from_numpy(same) / count.double()
+    return groups.sum(-(share + 1e-8).log2()) / count  # the mean over responses is the sum over answers
 
 
 def local_advantage(
@@ -97,7 +93,7 @@ def prompt_return(mean: Tensor, entropy: Tensor, groups: Groups, coefficient: bo
 
 def global_advantage(returns: Tensor, groups: Groups, scale: str = "std", epsilon: float = 1e-6) -> Tensor:
     """R [B] -> G [B]: every prompt counts once; exactly 0 where all are equal."""
-    once = of_groups(returns, groups)
+    once = groups.per_group(returns)
     centred = once - once[0]  # from one prompt's, so that equal ones leave nothing but zeros
     centred -= centred.mean()
     std = (centred.square().sum() / max(len(once) - 1, 1)).sqrt()
@@ -186,7 +182,7 @@ class Copo(Plugin):
         weight = local_weight(entropy, scores, config.gamma, config.rho, config.gate)
         blended = weight * local + (1 - weight) * across
 
-        of_prompts, returned = of_groups(entropy, groups), of_groups(returns, groups)
+        of_prompts, returned = groups.per_group(entropy), groups.per_group(returns)
         run.log(
             {
                 "answer_entropy_mean": float(of_prompts.mean()),
@@ -202,7 +198,7 @@ class Copo(Plugin):
                 "opposite_signs": float((local * across < 0).float().mean()),
                 "return_mean": float(returned.mean()),
                 "return_std": float(returned.std(correction=0)),
-                "groups_with_signal": float(of_groups(groups.any(blended != 0), groups).float().mean()),
+                "groups_with_signal": float(groups.per_group(groups.any(blended != 0)).float().mean()),
             }
         )
         if config.form == "blended":

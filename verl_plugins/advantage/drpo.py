@@ -30,20 +30,18 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from verl_plugins import Batch, CompositionError, DataError, Groups, Plugin, Run, Tokens, hookimpl, setting
-from verl_plugins.advantage.copo import binary_scores, of_groups
+from verl_plugins.advantage.copo import binary_scores
 
 GROUP, WEIGHT = "drpo_group", "drpo_weight"
 """Fields of `negatives: exact`: the number of each row's group, and its weight as the driver wrote it."""
 
 
-def softmax_within(logits: Tensor, members: Tensor, groups: Groups) -> Tensor:
-    """Softmax over the members of each group, [B] float64; 0 for the others. logits [B], members [B] bool."""
-    rows, place = members.nonzero()[:, 0], groups.index[members]
-    logits = logits.double()[rows]
-    highest = logits.new_full((len(groups),), -torch.inf).scatter_reduce_(0, place, logits, "amax")
-    shares = (logits - highest[place]).exp()
-    shares /= shares.new_zeros(len(groups)).index_add_(0, place, shares)[place]
-    return shares.new_zeros(len(members)).index_copy_(0, rows, shares)
+def softmax_within(logits: Tensor, parts: Tensor, count: int) -> Tensor:
+    """Softmax over the rows of each part, [rows] float64. logits [rows], parts [rows] with numbers below `count`."""
+    logits = logits.double()
+    highest = logits.new_full((count,), -torch.inf).scatter_reduce_(0, parts, logits, "amax")
+    shares = (logits - highest.index_select(0, parts)).exp()
+    return shares / shares.new_zeros(count).index_add_(0, parts, shares).index_select(0, parts)
 
 
 def signed_weights(
@@ -57,10 +55,12 @@ def signed_weights(
         scores: [B] mean log-prob of each response.
         budget: C, the tokens a response may have.
     """
-    positive, negative = right & (lengths > 0), ~right & (lengths > 0)
-    mixed = groups.any(positive) & groups.any(negative)
-    weights = softmax_within((1 - lengths.double() / budget) / length_temperature, positive & mixed, groups)
-    return weights - softmax_within(scores.double() / tau, negative & mixed, groups)
+    mixed = groups.any(right & (lengths > 0)) & groups.any(~right & (lengths > 0))
+    rows = (mixed & (lengths > 0)).nonzero()[:, 0]
+    right, lengths = right[rows], lengths[rows].double()
+    logits = torch.where(right, (1 - lengths / budget) / length_temperature, scores[rows].double() / tau)
+    shares = softmax_within(logits, 2 * groups.index[rows] + right, 2 * len(groups))
+    return shares.new_zeros(len(scores)).index_copy_(0, rows, torch.where(right, shares, -shares))
 
 
 class Drpo(Plugin):
@@ -131,7 +131,7 @@ class Drpo(Plugin):
             batch.put(GROUP, groups.index)
             batch.put(WEIGHT, weights.float())
 
-        prompts = int(of_groups(groups.any(lengths > 0), groups).sum())
+        prompts = int(groups.per_group(groups.any(lengths > 0)).sum())
         run.log(_metrics(weights, groups))
         # The aggregation divides by rows, the objective by prompts.
         share = len(batch) / max(prompts, 1) / lengths.clamp(min=1)
@@ -165,7 +165,7 @@ class Drpo(Plugin):
 
 
 def _metrics(weights: Tensor, groups: Groups) -> dict[str, float]:
-    squares = of_groups(groups.sum(weights.clamp(min=0) ** 2), groups)
+    squares = groups.per_group(groups.sum(weights.clamp(min=0) ** 2))
     metrics = {"weight_max": float(weights.max()), "negative_weight_max": -float(weights.min())}
     if bool((squares > 0).any()):
         metrics["effective_positives"] = float((1 / squares[squares > 0]).mean())

@@ -53,43 +53,44 @@ class Papers(NamedTuple):
     """[bundles, papers] bool"""
     prompts: Tensor
     """[bundles] prompts in the bundle, so responses in each of its papers."""
-    row: np.ndarray
-    """[responses] the rows that belong to a paper; the surplus of larger groups does not."""
-    cell: np.ndarray
-    """[responses] the number of their paper in the flattened table."""
+    cell: Tensor
+    """[rows] the number of each row's paper in the flattened table; past its end for the surplus of larger groups."""
 
-    def total(self, values: np.ndarray) -> np.ndarray:
-        """Values [responses] -> their sum over each paper, [bundles * papers] float64."""
-        return np.bincount(self.cell, values, minlength=self.there.numel())
+    def total(self, values: Tensor) -> Tensor:
+        """Values [rows] -> their sum over each paper, [bundles, papers] float64."""
+        sums = torch.bincount(self.cell, values.double(), minlength=self.there.numel() + 1)
+        return sums[:-1].view(self.there.shape)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values [bundles, papers] -> the value of each row's paper, [rows]; 0 for the surplus."""
+        return torch.nn.functional.pad(values.flatten(), (0, 1)).index_select(0, self.cell)
 
 
 def make_papers(scores: Tensor, groups: Groups, session: Tensor, bundle: Tensor) -> Papers:
     """Scores and session number of each row, [rows], the bundle of each prompt, [G]: its responses by session."""
-    group, bundle = groups.index.numpy(), bundle.numpy()
+    group, bundle, session = groups.index.numpy(), bundle.numpy(), session.numpy()
     size = groups.per_group(groups.count()).numpy()
-    row = np.argsort(group * (int(session.max()) + 1) + session.numpy(), kind="stable")
-    row = row if groups.counted is None else row[groups.counted.numpy()[row]]
-    group = group[row]
-    fewest = np.full(int(bundle.max()) + 1, len(scores))
+    order = np.argsort(group * (session.max() + 1) + session, kind="stable")
+    order = order if groups.counted is None else order[groups.counted.numpy()[order]]
+    place = np.full(len(group), len(group))
+    place[order] = np.arange(len(order)) - (size.cumsum() - size)[group[order]]
+
+    prompts = np.bincount(bundle)
+    fewest = np.full(len(prompts), len(group))
     np.minimum.at(fewest, bundle, size)
-    width, bundle_of = int(fewest.max()), bundle[group]
-    place = np.arange(len(row)) - (size.cumsum() - size)[group]
-    kept = place < fewest[bundle_of]
-    row, cell = row[kept], (bundle_of * width + place)[kept]
-    there = torch.arange(width) < torch.from_numpy(fewest)[:, None]
-    made = Papers(torch.empty(0), there, torch.from_numpy(np.bincount(bundle)), row, cell)
-    return made._replace(scores=torch.from_numpy(made.total(scores.numpy()[row])).view(there.shape))
+    width = int(fewest.max())
+    there = np.arange(width) < fewest[:, None]
+    cell = np.where(place < fewest[bundle][group], (bundle * width)[group] + place, there.size)
+    papers = Papers(torch.empty(0), *(torch.from_numpy(part) for part in (there, prompts, cell)))
+    return papers._replace(scores=papers.total(scores))
 
 
 def bundle_quantiles(papers: Papers, levels: Sequence[float]) -> list[Tensor]:
     """Empirical quantiles of each bundle's papers, linearly interpolated, [bundles, 1] for each level."""
     ordered = torch.where(papers.there, papers.scores, torch.inf).sort(1).values
-    last, found = papers.there.sum(1, keepdim=True).double() - 1, []
-    for level in levels:
-        place = last * level
-        below, above = (ordered.gather(1, side.long()) for side in (place.floor(), place.ceil()))
-        found.append(below + (place - place.floor()) * (above - below))
-    return found
+    place = (papers.there.sum(1, keepdim=True) - 1) * torch.tensor(levels, dtype=torch.float64)
+    below, above = (ordered.gather(1, side.long()) for side in (place.floor(), place.ceil()))
+    return list((below + place.frac() * (above - below)).split(1, dim=1))
 
 
 def bundle_std(papers: Papers, guard: float = STD_GUARD) -> Tensor:
@@ -100,24 +101,23 @@ def bundle_std(papers: Papers, guard: float = STD_GUARD) -> Tensor:
     return torch.where((count == 1) | (std <= guard), 1.0, std)
 
 
-class Averages(NamedTuple):
-    """Mean of the two parts over the tracked distribution, the baseline if there is to be one."""
+def parts(returns: Tensor, low: Tensor, high: Tensor, natural_baseline: bool) -> tuple[Tensor, Tensor]:
+    """rvar and cvar of returns, before the division by the levels; `natural_baseline`: the first less qb - qa."""
+    middle = (returns - low).clamp(min=0) - (returns - high).clamp(min=0)
+    return middle + low - high if natural_baseline else middle, -(low - returns).clamp(min=0)
 
-    rvar: float = 0.0
-    cvar: float = 0.0
 
+def risk(scores: Tensor, low: Tensor, high: Tensor, config: Any, average: Sequence[float]) -> Tensor:
+    """Returns [bundles, papers] and two quantiles, broadcast to it -> the advantage before the division by the std.
 
-def risk(scores: Tensor, low: Tensor, high: Tensor, config: Any, average: Averages) -> Tensor:
-    """Returns [bundles, papers] and two quantiles, broadcast to it -> the advantage before the division by the std."""
+    `average`: mean of rvar and cvar over the tracked distribution, the baseline if there is to be one.
+    """
     weight, down, up = config.tail_weight, config.quantile_down, config.quantile_up
-    middle = (scores - low).clamp(min=0) - (scores - high).clamp(min=0)
-    tail = -(low - scores).clamp(min=0)
+    middle, tail = parts(scores, low, high, config.natural_baseline_adv or config.objective == "paper")
     if config.objective == "paper":
-        return (1 + weight) * tail + middle + low - high
-    if config.natural_baseline_adv:
-        middle = middle + low - high
+        return (1 + weight) * tail + middle
     if config.mean_baseline:
-        middle, tail = middle - average.rvar, tail - average.cvar
+        middle, tail = middle - average[0], tail - average[1]
     middle, tail = middle / (up - down + EPSILON), tail / (down + EPSILON)
     if config.objective == "rvar":
         return middle
@@ -128,23 +128,19 @@ def risk(scores: Tensor, low: Tensor, high: Tensor, config: Any, average: Averag
 
 def share_out(advantage: Tensor, papers: Papers, scores: Tensor, groups: Groups, credit: str) -> Tensor:
     """Advantage of each paper [bundles, papers], scores [rows] -> advantage of each response, [rows] float64."""
-    row, cell, of_paper = papers.row, papers.cell, advantage.numpy().ravel()
     if credit == "sum-mean":
-        above = (scores - groups.mean(scores)).double().numpy()[row]
-        total, size = papers.total(above), np.repeat(papers.prompts.numpy(), papers.there.shape[1])
-        varied = np.abs(total) > EPSILON
-        share, alike = np.divide(of_paper, total, out=0 * total, where=varied), np.where(varied, 0, of_paper / size)
-        given = share[cell] * above + alike[cell]
-    else:
-        given = of_paper[cell]
+        above = scores.double() - groups.sum(scores.double()) / groups.count()
+        total = papers.total(above)
+        varied = total.abs() > EPSILON
+        by_score, alike = advantage / total, advantage / papers.prompts[:, None]
+        return papers.spread(by_score.where(varied, 0.0)) * above + papers.spread(alike.where(~varied, 0.0))
+    given = papers.spread(advantage)
     if credit == "score":
-        given = given * np.where(scores.numpy()[row] > 0, 0.5, 1.5)
-    elif credit == "std":
-        std = groups.std(scores).double().numpy()[row]
-        given = given / (np.where(std <= STD_GUARD, 1.0, std) + EPSILON)
-    whole = np.zeros(len(scores))
-    whole[row] = given
-    return torch.from_numpy(whole)
+        return given * torch.where(scores > 0, 0.5, 1.5)
+    if credit == "std":
+        std = groups.std(scores).double()
+        return given / (torch.where(std <= STD_GUARD, 1.0, std) + EPSILON)
+    return given
 
 
 def track(quantiles: Tensor, scores: Tensor, lr: float) -> Tensor:
@@ -160,12 +156,9 @@ def at_level(quantiles: Tensor, level: float) -> Tensor:
     return quantiles[int(np.argmin((LEVELS - level).abs().numpy().round(9)))]
 
 
-def averages(quantiles: Tensor, low: Tensor, high: Tensor, natural_baseline: bool) -> Averages:
-    """Integrals of the two parts over the levels of the tracked quantiles."""
-    middle = (quantiles - low).clamp(min=0) - (quantiles - high).clamp(min=0)
-    middle = middle + low - high if natural_baseline else middle
-    tail = -(low - quantiles).clamp(min=0)
-    return Averages(float(torch.trapezoid(middle, LEVELS)), float(torch.trapezoid(tail, LEVELS)))
+def averages(quantiles: Tensor, low: Tensor, high: Tensor, natural_baseline: bool) -> list[float]:
+    """rvar and cvar integrated over the levels of the tracked quantiles."""
+    return [float(torch.trapezoid(part, LEVELS)) for part in parts(quantiles, low, high, natural_baseline)]
 
 
 class RiskPo(Plugin):
@@ -210,6 +203,7 @@ class RiskPo(Plugin):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
+        self._levels = (self.config.quantile_down, self.config.quantile_up)
         self.tracked = torch.zeros(0, dtype=torch.float64)
         """[19] quantiles of the papers' returns at LEVELS; empty before the first step."""
 
@@ -246,29 +240,28 @@ class RiskPo(Plugin):
         papers = make_papers(scores, groups, batch.session, bundle)
         low, high = self.limits(papers)
         std = bundle_std(papers)
-        advantage = risk(papers.scores, low, high, config, self._averages())
+        average = [0.0, 0.0]
+        if len(self.tracked):
+            average = averages(self.tracked, *self._tracked(), config.natural_baseline_base)
+        advantage = risk(papers.scores, low, high, config, average)
         advantage = advantage / (std + EPSILON) if config.scale == "std" else advantage
         given = share_out(advantage, papers, scores, groups, config.credit)
         run.log(summary(papers, advantage, low, high, config))
-        run.log({"abs_adv_max": float(given.abs().max()), "surplus_responses": float(len(scores) - len(papers.row))})
+        surplus = papers.cell == papers.there.numel()
+        run.log({"abs_adv_max": float(given.abs().max()), "surplus_responses": float(surplus.sum())})
         self.tracked = track(self.tracked, papers.scores[papers.there], config.lr_q)
         run.log({f"quantile_{level:.2f}": float(q) for level, q in zip(LEVELS.tolist(), self.tracked, strict=True)})
         return batch.to_tokens(batch.of_session(given))
 
     def limits(self, papers: Papers) -> list[Tensor]:
         """Both quantiles, [bundles, 1] or []: each bundle's own as long as none have been tracked."""
-        levels, mode = (self.config.quantile_down, self.config.quantile_up), self.config.quantiles
-        own = bundle_quantiles(papers, levels)
+        own, mode = bundle_quantiles(papers, self._levels), self.config.quantiles
         if mode == "batch" or not len(self.tracked):
             return own
-        tracked = [at_level(self.tracked, level) for level in levels]
-        return tracked if mode == "track" else [(q + t) / 2 for q, t in zip(own, tracked, strict=True)]
+        return self._tracked() if mode == "track" else [(q + t) / 2 for q, t in zip(own, self._tracked(), strict=True)]
 
-    def _averages(self) -> Averages:
-        if not len(self.tracked):
-            return Averages()
-        low, high = (at_level(self.tracked, level) for level in (self.config.quantile_down, self.config.quantile_up))
-        return averages(self.tracked, low, high, self.config.natural_baseline_base)
+    def _tracked(self) -> list[Tensor]:
+        return [at_level(self.tracked, level) for level in self._levels]
 
     def state_dict(self) -> dict[str, Any]:
         return {"tracked": self.tracked}
@@ -287,7 +280,7 @@ def summary(papers: Papers, advantage: Tensor, low: Tensor, high: Tensor, config
         "q_beta": float(high.mean()),
         "papers_below": float((scores < low)[there].double().mean()),
         "papers_above": float((scores > high)[there].double().mean()),
-        "zero_std_bundles": float((spread(papers) == 0).double().mean()),
+        "zero_std_bundles": float(((scores == scores[:, :1]) | ~there).all(1).double().mean()),
         "paper_advantage_mean": float(found.mean()),
         "paper_advantage_min": float(found.min()),
     }
@@ -298,10 +291,3 @@ def summary(papers: Papers, advantage: Tensor, low: Tensor, high: Tensor, config
         weight = config.tail_weight
         metrics["mixed_risk"] = (weight * metrics["cvar"] + metrics["rvar"]) / (weight + 1)
     return metrics
-
-
-def spread(papers: Papers) -> Tensor:
-    """Largest minus smallest score of each bundle's papers, [bundles]."""
-    return torch.where(papers.there, papers.scores, -torch.inf).amax(1) - torch.where(
-        papers.there, papers.scores, torch.inf
-    ).amin(1)
