@@ -168,7 +168,7 @@ class TestStep:
             "rollout/tokens_per_prompt_max": 100,
         }
 
-    @settings(deadline=None)
+    @settings(max_examples=30, deadline=None)
     @given(GROUPS, st.data())
     def test_laws(self, groups, data) -> None:
         order = data.draw(st.permutations(range(2 * len(groups))))
