@@ -63,8 +63,8 @@ def select(case: Case) -> dict:
     ids = np.array([names.index(name) for name in wishes])
     wanted = np.array([not now[name][0] for name in wishes])
     assert case.param("strategy") == "recent"
-    places, numbers = store.pick(ids, wanted, np.full(len(wishes), case.param("k")))
-    for place, number in zip(places, numbers, strict=True):
+    places, entries = store.pick(ids, wanted, np.full(len(wishes), case.param("k")))
+    for place, number in zip(places, store.facts["number"][entries], strict=True):
         found[wishes[place]].append(order[number]["entry_id"])
     return {"entry_ids": found}
 

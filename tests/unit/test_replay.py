@@ -54,7 +54,8 @@ class Storing(RuleBasedStateMachine):
         prompts, correct, limit = (
             (np.array(part) for part in zip(*wishes, strict=True)) if wishes else [np.zeros(0)] * 3
         )
-        places, numbers = self.store.pick(prompts, correct, limit)
+        places, entries = self.store.pick(prompts, correct, limit)
+        numbers = self.store.facts["number"][entries]
         expected = [
             (place, number)
             for place, (prompt, right, most) in enumerate(wishes)
@@ -65,17 +66,20 @@ class Storing(RuleBasedStateMachine):
     @rule(prompt=st.integers(0, PROMPTS - 1), right=st.booleans(), limit=st.integers(0, 4), seed=st.integers(0, 9))
     def pick_at_random(self, prompt, right, limit, seed):
         wish = (np.array([prompt]), np.array([right]), np.array([limit]))
-        _, numbers = self.store.pick(*wish, np.random.default_rng(seed))
+        _, entries = self.store.pick(*wish, np.random.default_rng(seed))
+        numbers = self.store.facts["number"][entries]
         known = {number for number, _ in self.model.get((prompt, right), [])}
         assert len(numbers) == min(limit, len(known)) and set(numbers.tolist()) <= known
-        assert numbers.tolist() == self.store.pick(*wish, np.random.default_rng(seed))[1].tolist()
+        assert entries.tolist() == self.store.pick(*wish, np.random.default_rng(seed))[1].tolist()
 
     @invariant()
     def agrees(self):
         kept = {number: (*key, step) for key, entries in self.model.items() for number, step in entries}
-        assert self.store.facts.index.tolist() == sorted(kept)
-        for number, (prompt, right, step) in kept.items():
-            fact = self.store.facts.loc[number]
+        assert self.store.facts["number"].tolist() == sorted(kept)
+        facts = self.store.facts
+        for place, number in enumerate(sorted(kept)):
+            prompt, right, step = kept[number]
+            fact = {name: values[place] for name, values in facts.items()}
             assert (fact["prompt_id"], fact["correct"], fact["step"], fact["reward"]) == (
                 prompt,
                 right,
@@ -104,7 +108,7 @@ def test_numbers_go_on_after_a_restart():
         store.add(number, np.array([0]), np.array([True]), np.array([1.0]), [entry(number)])
     other.load_state_dict(store.state_dict())
     other.add(3, np.array([0]), np.array([False]), np.array([0.0]), [entry(3)])
-    assert other.facts.index.tolist() == [2, 3] and other.facts["correct"].tolist() == [True, False]
+    assert other.facts["number"].tolist() == [2, 3] and other.facts["correct"].tolist() == [True, False]
 
 
 def test_a_damaged_state_is_refused():

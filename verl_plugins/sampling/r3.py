@@ -222,7 +222,8 @@ class R3(Plugin):
         hard = is_hard(self.right[ids], self.seen[ids], self.config.tau, epoch)
         asked, others = rng.permutation(np.flatnonzero(hard)), rng.permutation(np.flatnonzero(~hard))
         count = min(int(self.config.reflect_share * len(ids)), len(others))
-        wishes, numbers = self.store.pick(ids[asked], np.zeros(len(asked), bool), np.ones(len(asked)), rng)
+        wishes, found = self.store.pick(ids[asked], np.zeros(len(asked), bool), np.ones(len(asked)), rng)
+        numbers = self.store.facts["number"][found]
         asked = asked[wishes].tolist()
         shown = {
             place: self._shown(run, prompts[place], number)
@@ -272,31 +273,31 @@ class R3(Plugin):
             limit = np.minimum(limit, groups.count().numpy()[wishes] - 1)
         rng = run.rng("replay")
         drawn = rng if self.config.strategy == "random" else None
-        places, numbers = self.store.pick(batch.prompt_id.numpy()[wishes], wrong.numpy()[wishes], limit, drawn)
-        facts = self.store.facts.loc[numbers]
+        wish, found = self.store.pick(batch.prompt_id.numpy()[wishes], wrong.numpy()[wishes], limit, drawn)
+        joined, facts = wishes[wish], {name: values[found].tolist() for name, values in self.store.facts.items()}
         for row, number, reward, correct in zip(
-            wishes[places], numbers, facts["reward"], facts["correct"], strict=True
+            joined.tolist(), facts["number"], facts["reward"], facts["correct"], strict=True
         ):
             entry = self.store[number]
             batch.add(row, entry.response, reward=reward, correct=correct, rollout_log_probs=entry.log_probs)
         if self.config.mix == "replace":
             chance = torch.empty(len(batch), dtype=torch.float64)
             chance[np.argsort(np.asarray(batch.keys))] = torch.from_numpy(rng.random(len(batch)))
-            given = torch.from_numpy(np.bincount(groups.index.numpy()[wishes[places]], minlength=len(groups)))
+            given = torch.from_numpy(np.bincount(groups.index.numpy()[joined], minlength=len(groups)))
             batch.drop(batch.of_session(groups.rank(chance) < given[groups.index]))
-        served = len(np.unique(places))
+        served = len(np.unique(wish))
         run.log(
             {
                 "groups_all_wrong": int(groups.per_group(wrong).sum()),
                 "groups_all_right": int(groups.per_group(right).sum()),
                 "groups_mixed": int(groups.per_group(~wrong & ~right).sum()),
-                "replayed_rows": len(numbers),
+                "replayed_rows": len(joined),
                 "replay_hit_rate": served / len(wishes) if len(wishes) else 0.0,
                 "truncated_fraction": float(batch.truncated.float().mean()),
             }
         )
-        if len(numbers):
-            run.log({"replay_age_steps": float((run.step - facts["step"]).mean())})
+        if len(joined):
+            run.log({"replay_age_steps": run.step - float(np.mean(facts["step"]))})
 
     @hookimpl
     def estimate_advantage(self, run: Run, batch: Batch) -> Tensor:
@@ -352,7 +353,7 @@ class R3(Plugin):
             {
                 "buffer_right": int(outcomes.sum()),
                 "buffer_wrong": int((~outcomes).sum()),
-                "buffer_queries": self.store.facts["prompt_id"].nunique(),
+                "buffer_queries": len(np.unique(self.store.facts["prompt_id"])),
             }
         )
 
