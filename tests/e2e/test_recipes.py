@@ -328,6 +328,39 @@ class TestEpo:
         saved = load_file(training.out / "global_step_2/plugins/arrays.safetensors")
         assert saved["driver/epo/total"].tolist() == [pytest.approx(sum(entropies))]
 
+    def test_sees_the_turns_of_an_agent(self, out: Path) -> None:
+        """Every second response has two turns, with masked tokens between them."""
+        loops = out / "agent_loops.yaml"
+        loops.write_text("- name: two_turns\n  _target_: two_turns.TwoTurns\n")
+        training = train(
+            "epo",
+            out / "epo_two_turns",
+            *SHORT,
+            "trainer.total_training_steps=2",
+            "trainer.save_freq=2",
+            "actor_rollout_ref.actor.entropy_coeff=0.05",
+            f"actor_rollout_ref.rollout.agent.agent_loop_config_path={loops}",
+            "actor_rollout_ref.rollout.agent.default_agent_loop=two_turns",
+            "plugins.epo.gate_turn=1",
+            "plugins.epo.gate_scope=row",
+            "plugins.epo.max_ratio=0.5",
+            site=Path(__file__).parent,
+        )
+        healthy(training, 2)
+        found = [ours(step, "epo") for step in training.steps]
+        for number in (0, 1):
+            means = [step[f"entropy/turn_{number}"] for step in found]
+            assert min(means) > 0
+            assert found[1][f"history/turn_{number}"] == pytest.approx(sum(means) / 2, abs=1e-6)
+        assert found[0]["entropy/turn_0"] != pytest.approx(found[0]["entropy/turn_1"], abs=1e-3)
+        for step in found:
+            assert "entropy/turn_2" not in step
+            assert step["rows_at_gate"] == 0.5
+            assert step["gate_open_share"] == pytest.approx(0.5, abs=0.2)
+            assert step["penalty"] > 0
+        saved = load_file(training.out / "global_step_2/plugins/arrays.safetensors")
+        assert saved["driver/epo/reached"].tolist() == [2, 2]
+
 
 class TestVade:
     """Recipe vade, mode sync: prompts are chosen by a belief that the rollouts of every step update."""

@@ -5,7 +5,7 @@ from cases import Case, actor_config, aggregate, make_tokens
 
 from verl_plugins import Tokens
 from verl_plugins.bridge.defaults import ActorDefaults
-from verl_plugins.entropy.epo import GATE, REFERENCE, Epo, History, left_padded, outside, phase_weight
+from verl_plugins.entropy.epo import GATE, REFERENCE, Epo, History, for_the_loss, left_padded, outside, phase_weight
 from verl_plugins.manager import Plugins
 
 FORMS = {"grad_log_prob": "indicator", "regularizer": "hinge", "entropy_mask": "mask_pg"}
@@ -49,10 +49,8 @@ def losses(case: Case, form: str) -> dict:
     weight = weight if case.param("enable_smooth_weights", False) else 1.0
     on = case.param("entropy_smooth", True) and config.entropy_coeff
     usual = torch.tensor(case.input("entropy_history"), dtype=torch.float64)
-    extra = {
-        REFERENCE: usual[turns][:, None] * mask,
-        GATE: weight * (turns >= case.param("gate_step", 25)).double() * bool(on),
-    }
+    sent = for_the_loss(usual, turns[:, None].expand_as(mask), mask, case.param("gate_step", 25), weight * bool(on))
+    extra = dict(zip((REFERENCE, GATE), (values.double() for values in sent), strict=True))
     entropy = case.tensor("entropy").requires_grad_()
     tokens = tokens_of(case, form, config, entropy, extra, mask)
     plugins = Plugins([plugin])
@@ -68,6 +66,9 @@ def losses(case: Case, form: str) -> dict:
     regularizer = smooth - config.entropy_coeff * bonus
     (regularizer if form == "hinge" else policy + regularizer).backward()
     band = (plugin.config.min_ratio, plugin.config.max_ratio)
+    # The authors' mask has values in the padding, too.
+    unmasked = extra | {REFERENCE: usual[turns][:, None].expand_as(mask)}
+    everywhere = tokens_of(case, form, config, compared, unmasked, mask)
     far = outside(compared.detach(), usual[turns][:, None].expand_as(entropy), *band)
     return {
         "policy_loss": (policy + regularizer).item(),
@@ -77,7 +78,7 @@ def losses(case: Case, form: str) -> dict:
         "smooth_loss": smooth.item() / scale if scale else 0.0,
         "penalty": (term / scale if scale else term).detach() * mask,
         "within_band_fraction": ((1 - far) * mask).mean().item(),
-        "entropy_mask": 1 - (1 - plugin.config.out_range_penalty) * far * (extra[GATE].max() > 0),
+        "entropy_mask": plugin.share_kept(everywhere),
         "grad_log_prob": tokens.log_probs.grad,
         "grad_entropy": entropy.grad,
     }

@@ -150,7 +150,8 @@ class TestAdvantage:
     def test_where_no_right_response_is_left_only_the_estimators_part_is(self):
         whole, run = batch(["1-1-0"] * 4, [0.0, 0.0, 0.0, 1.0]), CountingRun()
         fields = {name: value[:3] for name, value in whole._source.fields.items()}
-        left = Batch.from_tensors(uid=["1-1-0"] * 3, full=whole, **(fields | {"rm_scores": -torch.arange(3.0)[:, None].expand(3, 4)}))
+        fields["rm_scores"] = -torch.arange(3.0)[:, None].expand(3, 4)
+        left = Batch.from_tensors(uid=["1-1-0"] * 3, full=whole, **fields)
         found = estimate(left, run=run)
         assert 0 < run.metrics["alpha"] < 1
         assert (run.passes, run.metrics["forward_pass"]) == ([], 0)

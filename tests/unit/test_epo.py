@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from verl.trainer.ppo.core_algos import agg_loss
 
-from verl_plugins import Batch, CompositionError, Tokens, needs
+from verl_plugins import Batch, CompositionError, DataError, Tokens, needs
 from verl_plugins.bridge.defaults import ActorDefaults, clipped_loss
 from verl_plugins.compose import compose
 from verl_plugins.entropy.epo import GATE, REFERENCE, Epo, History, left_padded, phase_weight, turn_index, turn_means
@@ -102,12 +102,35 @@ class TestTurns:
 
     def test_index(self):
         mask = torch.tensor([[1, 1, 0, 1, 0, 0, 1, 1], [0, 1, 1, 1, 1, 0, 0, 0], [1, 0, 1, 0, 0, 0, 0, 0]]).bool()
-        found = turn_index(mask, torch.tensor([0, 0, 4]))
-        assert found[mask].tolist() == [0, 0, 1, 2, 2, 0, 0, 0, 0, 4, 5]
+        found = turn_index(mask, torch.tensor([0, 1, 2]), torch.zeros(3, dtype=torch.int64))
+        assert found[mask].tolist() == [0, 0, 1, 2, 2, 0, 0, 0, 0, 0, 1]
+
+    def test_outputs_of_a_session_count_on(self):
+        """In any order of the rows; an output without generated tokens counts as a turn."""
+        mask = torch.tensor([[1, 0], [1, 1], [1, 1], [0, 0], [1, 0]]).bool()
+        mask = torch.nn.functional.pad(mask, (0, 2))
+        mask[1, 3] = True  # two turns
+        session, output = torch.tensor([4, 4, 0, 4, 4]), torch.tensor([3, 0, 0, 1, 2])
+        found = turn_index(mask, session, output)
+        assert [sorted(set(row[inside].tolist())) for row, inside in zip(found, mask, strict=True)] == [
+            [4],
+            [0, 1],
+            [0],
+            [],
+            [3],
+        ]
+
+    @FEW
+    @given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.randoms())
+    def test_outputs_of_one_turn_have_their_numbers(self, sizes, random):
+        rows = [(session, output) for session, size in enumerate(sizes) for output in range(size)]
+        random.shuffle(rows)
+        session, output = torch.tensor(rows).T
+        assert torch.equal(turn_index(torch.ones(len(rows), 2).bool(), session, output)[:, 0], output)
 
     def test_single_turn_rows_have_turn_0(self):
         mask = torch.arange(5)[None] < torch.tensor([[5], [2]])
-        assert (turn_index(mask, torch.zeros(2, dtype=torch.int64)) == 0).all()
+        assert (turn_index(mask, torch.arange(2), torch.zeros(2, dtype=torch.int64)) == 0).all()
 
     @FEW
     @given(SEEDS)
@@ -115,7 +138,8 @@ class TestTurns:
         rng = torch.Generator().manual_seed(seed)
         mask = torch.rand(5, 9, generator=rng) < 0.7
         mask[0, 0] = True
-        entropy, turns = torch.rand(5, 9, generator=rng), turn_index(mask, torch.randint(0, 3, (5,), generator=rng))
+        entropy, session = torch.rand(5, 9, generator=rng), torch.tensor([0, 0, 0, 1, 2])
+        turns = turn_index(mask, session, torch.tensor([0, 1, 2, 0, 0]))
         found = turn_means(entropy, mask, turns)
         for turn in range(int(turns[mask].max()) + 1):
             tokens = entropy[mask & (turns == turn)]
@@ -178,7 +202,7 @@ class TestHistory:
 
     def test_survives_a_restart(self):
         steps = [batch([[1, 1, 0, 1]], [[0.2 * n, 0.4, 9.0, 1.0 / n]]) for n in range(1, 5)]
-        whole, before, after = method(), method(), method()
+        whole, before, after = method(gate_turn=1), method(gate_turn=1), method(gate_turn=1)
         runs = run_of(), run_of()
         for step in steps:
             whole.observe(runs[0], step)
@@ -202,7 +226,15 @@ class TestHistory:
 class TestGateAndSchedule:
     """Where P is on, and how much it weighs."""
 
-    @pytest.mark.parametrize(("turns", "gate"), [(None, 0), (2, 1), (6, 3)])
+    def test_more_turns_than_the_settings_allow(self, sentence):
+        given = batch([[1, 0, 1, 0, 1]], [[1.0] * 5])
+        for options, turns in (({}, None), ({"history": "left_padded", "gate_turn": 0}, 2)):
+            with pytest.raises(DataError) as error:
+                method(**options).observe(run_of(turns), given)
+            sentence(error.value, "has 3 turns", f"allow {turns or 1}", "multi_turn.max_assistant_turns", "gate_turn")
+        method(gate_turn=1).observe(run_of(), given)
+
+    @pytest.mark.parametrize(("turns", "gate"), [(4, 2), (5, 2), (6, 3)])
     def test_without_a_setting_it_is_half_of_the_turns(self, turns, gate):
         plugin, run = method(), run_of(turns)
         given = batch([[1, 0, 1, 0, 1, 0, 1], [1, 0, 0, 0, 0, 0, 0]], [[1.0] * 7] * 2)

@@ -24,20 +24,29 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from verl_plugins import Batch, CompositionError, Plugin, Run, Tokens, hookimpl, setting
+from verl_plugins import Batch, CompositionError, DataError, Plugin, Run, Tokens, hookimpl, setting
 
 REFERENCE, GATE = "epo_reference", "epo_gate"
 """Fields: Hbar at each token [B,T], 0 where it is not defined; w if the row reaches `gate_turn`, else 0 [B]."""
 
 
-def turn_index(mask: Tensor, first: Tensor) -> Tensor:
-    """[B,T] number of each token's turn: runs of generated tokens count up from the row's `first` turn [B]."""
+def turn_index(mask: Tensor, session: Tensor, output: Tensor) -> Tensor:
+    """[B,T] number of each token's turn: runs of generated tokens, counted on through the outputs of a session.
+
+    `session` and `output` [B] number the sessions and the outputs within them.
+    """
     starts = mask.clone()
     starts[:, 1:] &= ~mask[:, :-1]
+    order = (session * (output.max() + 1) + output).argsort()
+    turns = starts.sum(1).clamp(min=1)[order]
+    before = turns.cumsum(0) - turns
+    first = torch.empty_like(before)
+    first[order] = before - before[torch.searchsorted(session[order], session[order])]
     return (starts.cumsum(1) - 1).clamp(min=0) + first[:, None]
 
 
@@ -83,6 +92,11 @@ def phase_weight(step: int, steps: int) -> float:
     return 0.8 * math.exp(-3 * (step - half) / (steps - half))
 
 
+def for_the_loss(usual: Tensor, turns: Tensor, mask: Tensor, gate: int, weight: float) -> tuple[Tensor, Tensor]:
+    """Hbar of each token's turn, 0 outside the mask [B,T]; w if the row has a token of turn `gate` or later [B]."""
+    return usual[turns.clamp(max=len(usual) - 1)] * mask, weight * ((turns >= gate) & mask).any(1)
+
+
 def outside_by(entropy: Tensor, reference: Tensor, low: float, high: float) -> Tensor:
     """relu(low Hbar - H) + relu(H - high Hbar), 0 where Hbar is 0."""
     # By the distance from the middle of the band: one relu, half of the passes.
@@ -101,6 +115,7 @@ class Epo(Plugin):
 
     name = "epo"
     paper = "arXiv:2509.22576"
+    version = "2"
     needs = frozenset({"entropy", "current_entropy"})
 
     @dataclass
@@ -142,7 +157,7 @@ class Epo(Plugin):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self._history = History()
-        self._steps, self._mean, self._spread = 0, 0.0, 0.0
+        self._entropies: list[float] = []
 
     def check(self, config: DictConfig) -> None:
         settings, actor = self.config, config.actor_rollout_ref.actor
@@ -156,7 +171,7 @@ class Epo(Plugin):
                 f"actor_rollout_ref.actor.entropy_coeff={actor.entropy_coeff} multiplies all that plugin 'epo' does: "
                 "set it above 0 (authors: 0.001)"
             )
-        if (settings.gate_turn is None or settings.history == "left_padded") and most_turns(config) is None:
+        if self._needs_most_turns and most_turns(config) is None:
             raise CompositionError(
                 "plugins.epo.gate_turn and history=left_padded need the number of turns: set "
                 "actor_rollout_ref.rollout.multi_turn.max_assistant_turns, or gate_turn and history=per_turn"
@@ -164,35 +179,41 @@ class Epo(Plugin):
 
     @hookimpl
     def observe(self, run: Run, batch: Batch) -> None:
-        mask, entropy = batch.response_mask, batch.entropy
-        turns = turn_index(mask, batch.turn)
+        mask, entropy, most = batch.response_mask, batch.entropy, most_turns(run.config)
+        turns = turn_index(mask, batch.sessions.index, batch.turn)
         means = turn_means(entropy, mask, turns)
-        self._history.add(
-            left_padded(means.nan_to_num(0), most_turns(run.config)) if self.config.history == "left_padded" else means
+        if most is not None and len(means) > most and self._needs_most_turns:
+            raise DataError(
+                f"plugin 'epo': a response has {len(means)} turns, and the settings allow {most}: set "
+                "actor_rollout_ref.rollout.multi_turn.enable=true and multi_turn.max_assistant_turns, or "
+                "plugins.epo.gate_turn and history=per_turn"
+            )
+        self._history.add(left_padded(means.nan_to_num(0), most) if self.config.history == "left_padded" else means)
+        usual, weight = self._history.means(), self._weight(run.step - 1)
+        gate = most // 2 if self.config.gate_turn is None else self.config.gate_turn
+        reference, gates = for_the_loss(usual, turns, mask, gate, weight)
+        batch.put(REFERENCE, reference.to(entropy.dtype))
+        batch.put(GATE, gates.to(entropy.dtype))
+        self._entropies.append(float(entropy[mask].double().mean()))
+        run.log(
+            {
+                "phase_weight": weight,
+                "rows_at_gate": float((gates > 0).float().mean()),
+                "entropy_variance": float(np.var(self._entropies)),
+            }
         )
-        usual = self._history.means()
-        gate = most_turns(run.config) // 2 if self.config.gate_turn is None else self.config.gate_turn
-        reached = ((turns >= gate) & mask).any(1)
-        weight = self._weight(run.step - 1)
-        batch.put(REFERENCE, (usual[turns.clamp(max=len(usual) - 1)] * mask).to(entropy.dtype))
-        batch.put(GATE, weight * reached.to(entropy.dtype))
-        self._log(run, means, usual, float(entropy[mask].double().mean()))
-        run.log({"phase_weight": weight, "rows_at_gate": float(reached.float().mean())})
+        run.log({f"entropy/turn_{turn}": value for turn, value in enumerate(means.tolist()) if not math.isnan(value)})
+        run.log({f"history/turn_{turn}": value for turn, value in enumerate(usual.tolist())})
+
+    @property
+    def _needs_most_turns(self) -> bool:
+        return self.config.gate_turn is None or self.config.history == "left_padded"
 
     def _weight(self, step: int) -> float:
         steps = self.config.schedule_steps
         if self.config.schedule == "exp":
             return 1 + math.exp(-self.config.gamma * step / (steps / 2))
         return phase_weight(step, steps) if self.config.schedule == "code" else 1.0
-
-    def _log(self, run: Run, means: Tensor, usual: Tensor, mean: float) -> None:
-        self._steps += 1
-        distance = mean - self._mean
-        self._mean += distance / self._steps
-        self._spread += distance * (mean - self._mean)
-        run.log({"entropy_variance": self._spread / self._steps})
-        run.log({f"entropy/turn_{turn}": value for turn, value in enumerate(means.tolist()) if not math.isnan(value)})
-        run.log({f"history/turn_{turn}": value for turn, value in enumerate(usual.tolist())})
 
     @hookimpl
     def loss_terms(self, tokens: Tokens) -> dict[str, Tensor] | None:
@@ -209,9 +230,13 @@ class Epo(Plugin):
         losses = yield
         if self.config.smooth_form != "mask_pg":
             return losses
+        return losses * self.share_kept(tokens)
+
+    def share_kept(self, tokens: Tokens) -> Tensor:
+        """[rows,T] what `mask_pg` multiplies the policy loss by: c outside the band where the gate is open, else 1."""
         far, opened = self._compared(outside, tokens, tokens.entropy.detach()), self._gate(tokens).sign()
         self._log_loss(tokens, far, opened)
-        return losses * (1 - (1 - self.config.out_range_penalty) * opened * far)
+        return 1 - (1 - self.config.out_range_penalty) * opened * far
 
     def _compared(self, measure: Callable[..., Tensor], tokens: Tokens, entropy: Tensor) -> Tensor:
         """`outside` or `outside_by` of every token, or of the means of its response, [rows,T]."""
@@ -247,17 +272,11 @@ class Epo(Plugin):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "total": self._history.total,
-            "reached": self._history.steps,
-            "steps": self._steps,
-            "mean": self._mean,
-            "spread": self._spread,
-        }
+        return {"total": self._history.total, "reached": self._history.steps, "entropies": np.array(self._entropies)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._history = History(state["total"].clone(), state["reached"].clone())
-        self._steps, self._mean, self._spread = state["steps"], state["mean"], state["spread"]
+        self._entropies = state["entropies"].tolist()
 
 
 def most_turns(config: DictConfig) -> int | None:
