@@ -58,6 +58,8 @@ SYMBOLS: list[tuple[str, str, str | None]] = [
     ("verl.trainer.ppo.utils", "Role.ActorRollout", None),
     ("verl.trainer.ppo.utils", "Role.ActorRolloutRef", None),
     ("verl.trainer.ppo.utils", "create_rl_sampler", "data_config dataset"),
+    ("verl.trainer.ppo.metric_utils", "bootstrap_metric", "data subset_size reduce_fns n_bootstrap seed"),
+    ("verl.trainer.ppo.metric_utils", "calc_maj_val", "data vote_key val_key"),
     ("verl.utils.debug", "marked_timer", "name timing_raw"),
     ("verl.trainer.ppo.utils", "need_critic", "config"),
     ("verl.trainer.ppo.utils", "need_reference_policy", "config"),

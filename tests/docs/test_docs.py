@@ -102,12 +102,21 @@ def test_pages_name_every_setting_with_its_default(name):
 def test_pages_list_the_metrics_the_plugin_logs(name):
     listed = re.findall(r"^\|((?: ?`\w+`,?)+) \|", section(page_of(name), "Metrics"), re.MULTILINE)
     named = set(re.findall(r"`(\w+)`", " ".join(listed)))
-    module = PLUGINS[name].target.split(":")[0].split(".")
-    source = ast.parse(ROOT.joinpath(*module).with_suffix(".py").read_text())
-    strings = {node.value for node in ast.walk(source) if isinstance(node, ast.Constant)}
+    source = parsed(PLUGINS[name].target.split(":")[0])
+    methods = [
+        node.module
+        for node in ast.walk(source)
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("verl_plugins.")
+    ]
+    sources = [source, *map(parsed, methods)]
+    strings = {node.value for each in sources for node in ast.walk(each) if isinstance(node, ast.Constant)}
     assert named
     assert named <= strings, f"not in the source: {named - strings}"
     assert logged(source) <= named, f"not on the page: {logged(source) - named}"
+
+
+def parsed(module: str) -> ast.Module:
+    return ast.parse(ROOT.joinpath(*module.split(".")).with_suffix(".py").read_text())
 
 
 def logged(source: ast.Module) -> set[str]:
