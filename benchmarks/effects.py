@@ -108,6 +108,19 @@ def held_out_at(steps: Steps, validations: Sequence[tuple[int, dict]], tokens: f
     return float(np.interp(tokens, places, [validation_accuracy(metrics) for _, metrics in validations]))
 
 
+def steps_to(accuracy: float) -> Callable:
+    """First step at which sampled answers to held-out prompts are so often right, between two validations; or None."""
+
+    def value(_: Steps, validations: Sequence[tuple[int, dict]]) -> float | None:
+        points = [(step, validation_accuracy(metrics)) for step, metrics in validations]
+        for (before, low), (after, high) in itertools.pairwise(points):
+            if low < accuracy <= high:
+                return before + (after - before) * (accuracy - low) / (high - low)
+        return None
+
+    return value
+
+
 def level_accuracy(level: int, index: int = -1) -> Callable:
     """Accuracy of sampled answers to held-out prompts of one level of the CPU task: first or last validation."""
     return lambda _, validations: validations[index][1].get(f"accuracy/level {level}")
@@ -162,26 +175,20 @@ ACCURACY = [Measure("held-out before", held_out(0)), Measure("held-out after", h
 AT_EQUAL_TOKENS = Measure("held-out at equal tokens", held_out_at, equal_tokens=True)
 VALIDATED = ("trainer.test_freq=10",)
 """What that column needs: accuracy while training."""
+CHOICE = Effect(
+    {"grpo (uniform)": ["grpo"], "vade": ["vade"], "mopps": ["mopps"]},
+    [
+        Measure("mixed groups, all steps", mean_of("health/mixed_groups")),
+        Measure("mixed groups, last 15", mean_of("health/mixed_groups", -15)),
+        Measure("steps to 0.55 held-out", steps_to(0.55)),
+        *ACCURACY,
+        AT_EQUAL_TOKENS,
+    ],
+    common=("trainer.test_freq=5",),
+)
 EFFECTS = {
-    "vade": Effect(
-        {"grpo (uniform)": ["grpo"], "vade": ["vade"]},
-        [
-            Measure("mixed groups, all steps", mean_of("health/mixed_groups")),
-            Measure("mixed groups, last 15", mean_of("health/mixed_groups", -15)),
-            *ACCURACY,
-        ],
-    ),
-    "mopps": Effect(
-        {"grpo (uniform)": ["grpo"], "mopps": ["mopps"]},
-        [
-            Measure("mixed groups, all steps", mean_of("health/mixed_groups")),
-            Measure("mixed groups, last 15", mean_of("health/mixed_groups", -15)),
-            *ACCURACY,
-            AT_EQUAL_TOKENS,
-        ],
-        common=VALIDATED,
-        steps=30,
-    ),
+    "vade": CHOICE,
+    "mopps": CHOICE,
     "clip_cov": Effect(
         {
             "grpo": ["grpo"],
@@ -369,6 +376,8 @@ EFFECTS = {
         [
             Measure("entropy, first 5", mean_of("actor/entropy", 0, 5)),
             Measure("entropy, last 5", mean_of("actor/entropy", -5)),
+            Measure("distinct in 8, first 5", mean_of("rollouts/distinct", 0, 5)),
+            Measure("distinct in 8, last 5", mean_of("rollouts/distinct", -5)),
             Measure("format reward, first 5", mean_where_known("plugins/prompt_augmentation/format_mean", 0, 5)),
             Measure("format reward, last 5", mean_where_known("plugins/prompt_augmentation/format_mean", -5)),
             *ACCURACY,
@@ -471,7 +480,7 @@ def run(folder: Path, arguments: Sequence[str], steps: int, seed: int) -> Path:
         recipe, *overrides = arguments
         command = [sys.executable, "-m", "verl_plugins.cli", "run", recipe, *overrides, "--preset", "cpu"]
         command += ["--out", str(folder), f"trainer.total_training_steps={steps}", "trainer.resume_mode=disable"]
-        command += [f"trainer.validation_data_dir={folder / 'validations'}"]
+        command += [f"trainer.{kind}_data_dir={folder / f'{kind}s'}" for kind in ("rollout", "validation")]
         command += [f"data.seed={seed}", f"actor_rollout_ref.rollout.seed={seed}"]
         (folder / "metrics.jsonl").unlink(missing_ok=True)
         result = subprocess.run(command, capture_output=True, text=True)
@@ -482,16 +491,24 @@ def run(folder: Path, arguments: Sequence[str], steps: int, seed: int) -> Path:
 
 
 def read_run(folder: Path) -> tuple[list[dict], list[tuple[int, dict]]]:
-    """Metrics of every step and of every validation, the latter with the accuracy by level of the CPU task."""
+    """Metrics of every step with the mean number of distinct answers to a prompt, and of every validation with the
+    accuracy by level of the CPU task."""
     steps, validations = read_metrics(folder / "metrics.jsonl")
+    for metrics in steps:
+        answers: dict[str, set[str]] = {}
+        dump = folder / "rollouts" / f"{metrics['step']}.jsonl"
+        for row in map(json.loads, dump.read_text().splitlines() if dump.exists() else ()):
+            answers.setdefault(row["input"], set()).add(row["output"])
+        if answers:
+            metrics["rollouts/distinct"] = statistics.fmean(map(len, answers.values()))
     for step, metrics in validations:
-        answers: dict[int, list[float]] = {}
+        levels: dict[int, list[float]] = {}
         dump = folder / "validations" / f"{step}.jsonl"
         for row in map(json.loads, dump.read_text().splitlines() if dump.exists() else ()):
             if asked := SUM.search(row["input"]):
                 level = sum(int(digit) >= TaskSettings.large_from for digit in asked[0][:-1].split("+"))
-                answers.setdefault(level, []).append(row["acc"])
-        metrics |= {f"accuracy/level {level}": statistics.fmean(right) for level, right in answers.items()}
+                levels.setdefault(level, []).append(row["acc"])
+        metrics |= {f"accuracy/level {level}": statistics.fmean(right) for level, right in levels.items()}
     return steps, validations
 
 
