@@ -382,10 +382,11 @@ class TestVade:
 
 
 class TestMopps:
-    """Recipe mopps, mode colocate_async, in pools twice the batch: two pools a pass, and none is asked twice in one."""
+    """Recipe mopps, mode colocate_async, in pools four times the batch. Odd prompts are known to be hopeless."""
 
     def test_trains(self, out: Path) -> None:
-        folder = out / "mopps"
+        folder, known = out / "mopps", out / "known.json"
+        known.write_text(json.dumps({str(n): [0 if n % 2 else 4, 8] for n in range(ROWS_OF_DATASET)}))
         training = train(
             "mopps",
             folder,
@@ -393,7 +394,8 @@ class TestMopps:
             "trainer.v1.trainer_mode=colocate_async",
             "trainer.total_training_steps=2",
             f"trainer.rollout_data_dir={folder / 'rollouts'}",
-            "plugins.mopps.pool_ratio=2",
+            "plugins.mopps.pool_ratio=4",
+            f"plugins.mopps.init_from={known}",
         )
         healthy(training, 2, on_policy=False)
         for step in training.steps:
@@ -401,9 +403,11 @@ class TestMopps:
             assert found["effective_ratio"] == pytest.approx(step["health/mixed_groups"])
             assert found["passes"] == 1
             assert abs(found["theta_selected_mean"] - 0.5) < 0.2
-            assert found["evidence_mass_mean"] == pytest.approx(step["step"] * PROMPTS * 8 / ROWS_OF_DATASET)
+            asked = step["step"] * PROMPTS * 8 / ROWS_OF_DATASET
+            assert found["evidence_mass_mean"] == pytest.approx(8 * 3.0 + asked)
         prompts = [prompt_id for prompt_id, _, _ in training.draws()]
         assert len(prompts) == len(set(prompts)) == 2 * PROMPTS
+        assert {prompt_id % 2 for prompt_id in prompts} == {0}
 
 
 class TestColocateAsync:

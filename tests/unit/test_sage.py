@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 from fakes import FakeDataset, FakeRun
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from test_vade import make_batch
@@ -229,6 +229,7 @@ class TestLight:
         with pytest.raises(StateError):
             other.prepare_prompts(FakeRun(dataset=FakeDataset(4)), prompts)
 
+    @settings(deadline=None)
     @given(st.lists(st.tuples(st.integers(0, 8), st.integers(1, 8)), min_size=1, max_size=8))
     def test_buckets(self, outcomes):
         outcomes = [(min(right, n), n) for right, n in outcomes]

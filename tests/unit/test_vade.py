@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -220,7 +221,21 @@ class TestKnownOutcomes:
         plugin._prepare(3)
         assert (plugin.alpha.tolist(), plugin.beta.tolist()) == ([0, 0, 1.5], [2, 0, 2.5])
 
-    @pytest.mark.parametrize("known", [{"3": [1, 2]}, {"0": [3, 2]}, {"-1": [0, 1]}])
+    @pytest.mark.parametrize(
+        "known",
+        [
+            {"3": [1, 2]},
+            {"0": [3, 2]},
+            {"-1": [0, 1]},
+            {"0": [math.nan, 2]},
+            {"a": [1, 2]},
+            {"0": 1, "1": 2},
+            {"0": [1, 2, 3]},
+            [[1, 2]],
+            {},
+            7,
+        ],
+    )
     def test_refused(self, known, tmp_path, sentence):
         path = tmp_path / "known.json"
         path.write_text(json.dumps(known))

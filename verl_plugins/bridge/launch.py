@@ -157,6 +157,7 @@ def _local_ray(config: DictConfig) -> Iterator[None]:
 
             for module in preload.MODULES + preload.OF_ROLLOUT.get(config.actor_rollout_ref.rollout.name, ()):
                 importlib.import_module(module)
+        node.check()
         options = {"address": node.address, "num_cpus": None, "num_gpus": None, "include_dashboard": None}
         with preload.Preload() as workers, _ray(config, options, workers.py_executable):
             yield

@@ -48,7 +48,12 @@ class Head:
                     if child.name().startswith("raylet"):
                         return child.pid
             time.sleep(0.05)
-        raise PluginError("the local Ray node did not start; see verl.log in the run folder")
+        raise _not_started()
+
+    def check(self) -> None:
+        """PluginError if the node has given up since; Ray would go on trying to reach it for minutes."""
+        if self.process.poll() is not None:
+            raise _not_started()
 
     @contextmanager
     def announced(self) -> Iterator[None]:
@@ -79,6 +84,10 @@ def started(num_cpus: int, num_gpus: int) -> Iterator[Head]:
     finally:
         _stop(process)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _not_started() -> PluginError:
+    return PluginError("the local Ray node did not start; see verl.log in the run folder")
 
 
 def _stop(process: subprocess.Popen) -> None:

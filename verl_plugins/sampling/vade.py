@@ -136,14 +136,19 @@ def log_outcomes(run: Run, predicted: np.ndarray, correct: np.ndarray, n: np.nda
 
 def read_outcomes(who: str, path: str, prompts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Prompt ids, right and all responses [k] of a JSON file {prompt id: [correct, total]}; DataError if impossible."""
-    known = json.loads(Path(path).read_text(encoding="utf-8"))
-    ids = np.array(list(known), dtype=np.int64)
-    correct, total = np.array(list(known.values()), dtype=np.float64).reshape(-1, 2).T
-    if ((ids < 0) | (ids >= prompts) | (correct < 0) | (correct > total)).any():
-        raise DataError(
-            f"{who}: init_from {path!r} must map prompt ids below {prompts} to [correct, total] with "
-            "0 <= correct <= total"
-        )
+    problem = DataError(
+        f"{who}: init_from {path!r} must map prompt ids below {prompts} to [correct, total] with 0 <= correct <= total"
+    )
+    try:
+        known = json.loads(Path(path).read_text(encoding="utf-8"))
+        ids, outcomes = np.array(list(known), dtype=np.int64), np.array(list(known.values()), dtype=np.float64)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise problem from error
+    if outcomes.shape != (len(ids), 2):
+        raise problem
+    correct, total = outcomes.T
+    if not ((ids >= 0) & (ids < prompts) & (correct >= 0) & (correct <= total)).all():
+        raise problem
     return ids, correct, total
 
 
