@@ -348,8 +348,7 @@ EFFECTS = {
             *ACCURACY,
             AT_EQUAL_TOKENS,
         ],
-        common=VALIDATED,
-        steps=30,
+        common=("data.train_max_samples=96", "actor_rollout_ref.actor.optim.lr=1e-4", *VALIDATED),
         prepare=hinted_sums.prepare,
     ),
     "r3": Effect(
