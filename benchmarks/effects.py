@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import formatted_sums
 import hinted_sums
 import numpy as np
 import worked_sums
@@ -35,7 +36,6 @@ SUM = re.compile(r"\b\d(\+\d)+=")
 """A prompt of the CPU task."""
 HINTS = ("plugins.sage.hint_max_tokens=40", f"plugins.sage.wording={hinted_sums.WORDING}")
 AGAIN = f"plugins.r3.wording={Path(__file__).with_name('again.yaml')}"
-SHORT_TEMPLATES = Path(__file__).with_name("short_templates.yaml")
 
 
 @dataclass(frozen=True)
@@ -368,7 +368,7 @@ EFFECTS = {
             "grpo (one format)": ["grpo"],
             "prompt_augmentation": [
                 "prompt_augmentation",
-                f"plugins.prompt_augmentation.templates=[{SHORT_TEMPLATES}]",
+                f"plugins.prompt_augmentation.templates=[{formatted_sums.TEMPLATES}]",
                 "plugins.prompt_augmentation.validation=plain",
             ],
         },
@@ -382,8 +382,9 @@ EFFECTS = {
             *ACCURACY,
             AT_EQUAL_TOKENS,
         ],
-        common=("actor_rollout_ref.actor.ppo_mini_batch_size=4", *VALIDATED),
+        common=("data.train_max_samples=96", *COLLAPSE, *VALIDATED),
         steps=30,
+        prepare=formatted_sums.prepare,
     ),
     "dcpo": Effect(
         {
