@@ -241,11 +241,11 @@ class R3(Plugin):
         failed = run.tokenizer.decode(self.store[number].response.tolist(), skip_special_tokens=True)
         ids = run.tokenizer(failed, add_special_tokens=False)["input_ids"]
         instruction = self.instruction.safe_substitute(problem=prompt.messages[-1]["content"])
-        ask = lambda answer: [  # noqa: E731
-            *prompt.messages,
-            {"role": "assistant", "content": answer},
-            {"role": "user", "content": instruction},
-        ]
+
+        def ask(answer: str) -> list[dict[str, str]]:
+            told = [{"role": "assistant", "content": answer}, {"role": "user", "content": instruction}]
+            return [*prompt.messages, *told]
+
         limit = run.config.data.max_prompt_length
         room = limit - prompt_tokens(run, ask(""), prompt.prefill)
         if len(ids) > room:
