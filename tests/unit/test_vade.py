@@ -11,6 +11,7 @@ import torch
 from fakes import FakeDataset, FakeRun
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from omegaconf import OmegaConf
 
 from verl_plugins import Batch, CompositionError, DataError, StateError
@@ -209,6 +210,52 @@ class TestState:
         with pytest.raises(StateError) as error:
             plugin.select_prompts(FakeRun(dataset=FakeDataset(6)), 1)
         sentence(error.value, "5 prompts", "6")
+
+
+class Steps(RuleBasedStateMachine):
+    """Any order of drawing, outcomes and restarts: what is asked is not in flight, the belief that of the history."""
+
+    @initialize(size=st.integers(4, 20), kept=st.sampled_from([0.0, 0.5, 1.0]), drift=st.sampled_from([0.5, 1.0]))
+    def start(self, size, kept, drift):
+        self.options = {"lambda_selected": kept, "lambda_unselected": drift}
+        self.plugin, self.run = method(**self.options), FakeRun(dataset=FakeDataset(size))
+        self.history: list[dict[int, tuple[int, int]]] = []
+        """Per step, right and wrong answers of the prompts that came back."""
+
+    @rule(count=st.integers(1, 4))
+    def draw(self, count):
+        if len(self.run.flying) + count > len(self.run.dataset):
+            return
+        ids = self.plugin.select_prompts(self.run, count).tolist()
+        assert len({*ids}) == count and {*ids}.isdisjoint(self.run.flying)
+        self.run.flying = [*self.run.flying, *ids]
+
+    @rule(count=st.integers(1, 3), right=st.integers(0, 3))
+    def outcomes(self, count, right):
+        back, self.run.flying = self.run.flying[:count], self.run.flying[count:]
+        if back:
+            scores = [1.0] * right + [0.0] * (3 - right)
+            self.plugin.observe(self.run, make_batch(*[(prompt, scores) for prompt in back]))
+            self.history.append(dict.fromkeys(back, (right, 3 - right)))
+            self.run.step += 1
+
+    @rule()
+    def restart(self):
+        state, self.plugin = self.plugin.state_dict(), method(**self.options)
+        self.plugin.load_state_dict(state)
+
+    @invariant()
+    def belief_of_the_history(self):
+        for prompt in range(len(self.plugin.alpha)):
+            belief = np.zeros(2)
+            for step in self.history:
+                factor = self.options["lambda_selected" if prompt in step else "lambda_unselected"]
+                belief = factor * belief + step.get(prompt, (0, 0))
+            assert (self.plugin.alpha[prompt], self.plugin.beta[prompt]) == pytest.approx(tuple(belief))
+
+
+TestSteps = Steps.TestCase
+TestSteps.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
 
 
 class TestKnownOutcomes:
