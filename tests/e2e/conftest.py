@@ -28,6 +28,7 @@ class Broken(Plugin):
 '''
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With `-n 2` two trainings run side by side: tests that look at the same one stay together."""
     for item in (item for item in items if item.path.parent == HERE):
