@@ -25,7 +25,7 @@ test: $(INSTALLED) $(DOCS_INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest --ignore tests/e2e
-	$(BIN)/python -m pytest tests/e2e -n 2 --dist loadgroup
+	$(BIN)/python -m pytest tests/e2e -n 2 --dist loadfile
 
 test-vllm: $(VLLM_INSTALLED)
 	$(VLLM_VENV)/bin/python -m pytest -m vllm

@@ -14,9 +14,10 @@ from verl_plugins.hookspecs import API_VERSION, hookimpl
 from verl_plugins.plugin import Plugin, setting
 
 if TYPE_CHECKING:
-    from verl_plugins.batch import Batch, Tokens
+    from verl_plugins.batch import Batch
     from verl_plugins.groups import Groups
     from verl_plugins.services import Actor, Answer, Prompt, Prompts, Rollout, Run, Verdict
+    from verl_plugins.tokens import Tokens
 
 __all__ = [
     "API_VERSION",
@@ -42,7 +43,7 @@ __all__ = [
 
 _LAZY = {
     "Batch": "batch",
-    "Tokens": "batch",
+    "Tokens": "tokens",
     "Groups": "groups",
     **dict.fromkeys(["Actor", "Answer", "Prompt", "Prompts", "Rollout", "Run", "Verdict"], "services"),
 }

@@ -1,4 +1,4 @@
-"""What a hook sees of the data: `Batch` on the driver, `Tokens` in the loss.
+"""What a hook on the driver sees of the data: `Batch` (the loss sees `Tokens`).
 
 Notation: B rows (responses; synthetic padding rows are never among them), T the longest response in the batch.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -393,67 +393,3 @@ class Batch:
             return values
         like = torch.tensor([addition.like for addition in self._full.additions], dtype=torch.int64)
         return torch.cat([values, values[like]])[self._rows_in_full]
-
-
-class Tokens:
-    """One micro-batch in the loss, in an actor worker; [rows,T] tensors, T the longest response of the micro-batch.
-
-    Rows of the synthetic padding are present here with an empty `response_mask`.
-    """
-
-    def __init__(
-        self,
-        *,
-        log_probs: Tensor,
-        old_log_probs: Tensor,
-        advantages: Tensor,
-        response_mask: Tensor,
-        config: Any,
-        entropy: Tensor | None = None,
-        extra: Callable[[str], Any] | None = None,
-        log: Callable[[str, Mapping[str, float], str], None] | None = None,
-        step: int = 0,
-        mini_batch: int = 0,
-        micro_batch: int = 0,
-        seed: int = 0,
-        rank: int = 0,
-        owner: str = "",
-    ) -> None:
-        self.log_probs = log_probs
-        """[rows,T] log-probs under the policy being trained, with gradient."""
-        self.old_log_probs = old_log_probs
-        """[rows,T] log-probs under the policy before the step."""
-        self.advantages = advantages
-        """[rows,T]"""
-        self.response_mask = response_mask.bool()
-        """[rows,T] bool: tokens that count."""
-        self.entropy = entropy
-        """[rows,T] entropy under the policy being trained, with gradient; None unless `current_entropy` is needed."""
-        self.config = config
-        """verl's actor settings: clip_ratio_low, clip_ratio_high, clip_ratio_c, loss_agg_mode, …"""
-        self.step, self.mini_batch, self.micro_batch = step, mini_batch, micro_batch
-        self._extra, self._log, self._seed, self._rank, self._owner = extra, log, seed, rank, owner
-
-    def scoped(self, owner: str) -> Tokens:
-        """The same tokens in the hands of plugin `owner`: its metrics and random numbers are its own."""
-        other = object.__new__(Tokens)
-        other.__dict__.update(self.__dict__, _owner=owner)
-        return other
-
-    def extra(self, name: str) -> Any:
-        """Another field of the queue: [rows,T] or [rows] tensor, or a list per row (old entropy is `entropy`)."""
-        if self._extra is None:
-            raise DataError(f"field {name!r} is not in the micro-batch")
-        return self._extra(name)
-
-    def log(self, metrics: Mapping[str, float], reduce: str = "mean") -> None:
-        """Add metrics as `plugins/<plugin>/<key>`; `reduce` over micro-batches and ranks: mean, sum, min or max."""
-        if self._log is not None:
-            self._log(self._owner, metrics, reduce)
-
-    def rng(self, name: str = "") -> torch.Generator:
-        """A CPU generator of its own for (seed, step, mini-batch, micro-batch, rank, plugin, name)."""
-        entropy = [self._seed, self.step, self.mini_batch, self.micro_batch, self._rank]
-        entropy += list(f"{self._owner}/{name}".encode())
-        seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
-        return torch.Generator().manual_seed(seed)

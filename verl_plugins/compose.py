@@ -56,10 +56,10 @@ def compose(recipes: str, preset: str | None = None, overrides: Sequence[str] = 
     """Compose a run; CompositionError names the key and the file or override that does not fit."""
     installed = manifest.entries()
     folders = manifest.folders(installed)
-    chosen = combine([name.strip() for name in recipes.split("+")], folders)
+    parsed = [parse(text) for text in overrides]
+    chosen = combine([name.strip() for name in recipes.split("+")], folders, {item.key_or_group for item in parsed})
     presets = preset_chain(preset, folders) if preset else []
     files = [*presets, *chosen.parts]
-    parsed = [parse(text) for text in overrides]
     defaults = verl_config(_groups(files, parsed))
     config = defaults.copy()
     for file in files:

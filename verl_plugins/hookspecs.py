@@ -18,8 +18,9 @@ import pluggy
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from verl_plugins.batch import Batch, Tokens
+    from verl_plugins.batch import Batch
     from verl_plugins.services import Actor, Answer, Prompt, Prompts, Rollout, Run, Verdict
+    from verl_plugins.tokens import Tokens
 
 API_VERSION = 1
 """Grows when a stage changes in a way that breaks plugins written for an earlier one."""

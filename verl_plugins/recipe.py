@@ -7,8 +7,9 @@ have a section `cpu` of its own. A key written `+key` is added where verl's conf
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -114,15 +115,16 @@ def preset_chain(name: str, folders: Iterable[Folder]) -> list[Preset]:
     return chain
 
 
-def combine(names: Sequence[str], folders: Iterable[Folder]) -> Combination:
-    """Several recipes as one: plugins united in the order given, equal keys must agree."""
+def combine(names: Sequence[str], folders: Iterable[Folder], decided: Collection[str] = ()) -> Combination:
+    """Several recipes as one: plugins united in the order given, equal keys must agree unless decided elsewhere."""
     known = recipes(folders)
     parts = tuple(_one("recipe", name, known) for name in dict.fromkeys(names))
     plugins: dict[str, Any] = {}
     seen: dict[Path_, tuple[Any, Recipe]] = {}
     for part in parts:
         for path, value in leaves({"plugins": part.plugins, **part.overrides}):
-            _agree(path, value, part, seen)
+            if _key(path) not in decided:
+                _agree(path, value, part, seen)
         for path, value in leaves(part.plugins):
             put(plugins, path, value)
     return Combination(parts, plugins)
@@ -153,11 +155,19 @@ def _agree(path: Path_, value: Any, part: Recipe, seen: dict[Path_, tuple[Any, R
         return
     before, other = seen.setdefault(path, (value, part))
     if before != value or type(before) is not type(value):
-        key = ".".join(path)
         raise CompositionError(
-            f"recipes {other.name} and {part.name} disagree on {key}: {before!r} and {value!r}; "
-            f"they can be combined only where equal keys have equal values"
+            f"recipes {other.name} and {part.name} disagree on {_key(path)}: {_written(before)} and {_written(value)}; "
+            f"say which it is, as in {_key(path)}={_written(before)}"
         )
+
+
+def _key(path: Path_) -> str:
+    return ".".join(key.removeprefix("+") for key in path)
+
+
+def _written(value: Any) -> str:
+    """A value as the command line takes it."""
+    return json.dumps(value) if value is None or isinstance(value, (bool, list, dict)) else str(value)
 
 
 def _one(kind: str, name: str, known: Sequence[Item]) -> Item:

@@ -29,13 +29,13 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopWorkerTQ
 from verl.workers.config import ActorConfig
 
 import verl_plugins
-from verl_plugins.batch import Tokens
 from verl_plugins.bridge import RUN_VARIABLE, rows
 from verl_plugins.bridge.defaults import clipped_loss
 from verl_plugins.bridge.trainer import FORWARD_FIELDS, LOSS_FIELDS, TRAINERS
 from verl_plugins.compose import compose
 from verl_plugins.cpu.model import make_tokenizer
 from verl_plugins.cpu.registration import ROLLOUT_NAME
+from verl_plugins.tokens import Tokens
 
 PACKAGE = Path(verl_plugins.__file__).parent
 

@@ -28,16 +28,6 @@ class Broken(Plugin):
 '''
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n 2` two trainings run side by side: tests that look at the same one stay together."""
-    for item in (item for item in items if item.path.parent == HERE):
-        together = item.path.stem
-        if together == "test_recipes" and item.cls is not None:
-            together = "test_resume" if "vade" in item.fixturenames else item.cls.__name__
-        item.add_marker(pytest.mark.xdist_group(together))
-
-
 @pytest.fixture(scope="session")
 def third_party(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an installed distribution: two plugins and their recipes."""

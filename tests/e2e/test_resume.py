@@ -1,4 +1,4 @@
-"""A run that was killed goes on as if it had not been."""
+"""Recipe vade and others of its kind, mode sync; a run that was killed goes on as if it had not been."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import TIMEOUT, Training, command, four_steps, train
+from training import PROMPTS, ROWS_OF_DATASET, TIMEOUT, Training, command, four_steps, healthy, ours, train
 
 pytestmark = pytest.mark.e2e
 
 MARKER = "latest_checkpointed_iteration.txt"
 ORPHAN_SECONDS = 20
-PROMPTS = 16
 SAMPLING = "siri+mopps+prompt_augmentation"
 SAMPLING_SETTINGS = (
     "plugins.siri.cycle_length=6",
@@ -169,3 +168,22 @@ class TestSampling:
                 assert len(counts) > 1 and sum(counts) == 8 * PROMPTS
                 assert step["actor/grad_norm"] > 0.01
                 assert step["training/rollout_probs_diff_max"] < 1e-3
+
+
+class TestVade:
+    """Recipe vade, mode sync: prompts are chosen by a belief that the rollouts of every step update."""
+
+    def test_trains(self, vade: Training) -> None:
+        healthy(vade, 4)
+        for number, step in enumerate(vade.steps, 1):
+            found = ours(step, "vade")
+            assert found["effective_ratio"] == pytest.approx(step["health/mixed_groups"])
+            assert found["solve_none"] == pytest.approx(step["health/all_wrong_groups"])
+            assert PROMPTS / ROWS_OF_DATASET <= found["seen_fraction"] <= number * PROMPTS / ROWS_OF_DATASET
+            assert 0 < found["theta_selected_mean"] < 1
+
+    def test_the_plugin_chooses_the_prompts(self, vade: Training) -> None:
+        draws = vade.draws()
+        assert [sum(trained == step for _, _, trained in draws) for step in (1, 2, 3, 4)] == [PROMPTS] * 4
+        assert all(drawn == trained for _, drawn, trained in draws)
+        assert len({prompt_id for prompt_id, _, _ in draws}) > 2 * PROMPTS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,10 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from verl_plugins.cpu.demo import read_metrics
 
 COMMAND = Path(sys.executable).with_name("verl-plugins")
 TIMEOUT = 800
+PROMPTS, ROWS_OF_DATASET = 16, 512
+"""Of a step, and of all, on the preset cpu."""
+NAN_ON_PURPOSE = ("variance_proxy", "perf/mfu")
 SHORT = ("trainer.val_before_train=false", "trainer.test_freq=-1")
 
 
@@ -83,3 +89,27 @@ def train(
         tail = training.log[-3000:] if (out / "verl.log").exists() else ""
         assert done.returncode == 0, f"{done.stdout}\n{tail}"
     return training
+
+
+def ours(step: dict[str, float], plugin: str) -> dict[str, float]:
+    """The step's metrics of one plugin."""
+    prefix = f"plugins/{plugin}/"
+    return {key.removeprefix(prefix): value for key, value in step.items() if key.startswith(prefix)}
+
+
+def healthy(training: Training, steps: int, *, on_policy: bool = True) -> None:
+    """All steps are there, all numbers are finite, the weights moved, and rollout and actor agree on log-probs."""
+    assert [step["step"] for step in training.steps] == list(range(1, steps + 1))
+    for step in training.steps:
+        wrong = [k for k, v in step.items() if not (isinstance(v, (int, float)) and math.isfinite(v))]
+        assert [key for key in wrong if not any(part in key for part in NAN_ON_PURPOSE)] == []
+        assert step["actor/grad_norm"] > 0.01 or step["health/mixed_groups"] == 0
+        assert 0 < step["actor/entropy"] < math.log(260)
+        shares = [step[f"health/{kind}_groups"] for kind in ("mixed", "all_right", "all_wrong")]
+        assert sum(shares) == pytest.approx(1, abs=1e-6)
+        assert shares[1] <= step["health/accuracy"] <= 1 - shares[2]
+        assert step["rollout/tokens"] >= step["health/generated_tokens"] > 0
+        if on_policy:
+            assert step["training/rollout_probs_diff_max"] < 1e-3
+    for line in (f"step    {number}/{steps}" for number in range(1, steps + 1)):
+        assert line in training.output

@@ -8,14 +8,12 @@ from omegaconf import OmegaConf
 
 from verl_plugins import Batch, Groups
 from verl_plugins.replay import Entry, ReplayStore
+from verl_plugins.reward.structural_entropy import dominance, ranking_reward, structural_entropy
 from verl_plugins.sampling.r3 import (
     R3,
-    dominance,
     is_hard,
     mixed_advantage,
-    ranking_reward,
     ranking_set,
-    structural_entropy,
 )
 
 EOS = 0

@@ -14,16 +14,14 @@ from omegaconf import OmegaConf
 
 from verl_plugins import Batch, CompositionError, Groups, StateError, Tokens
 from verl_plugins.advantage.grpo import grpo_advantage
+from verl_plugins.reward.structural_entropy import dominance, ranking_reward, structural_entropy
 from verl_plugins.sampling.r3 import (
     R3,
     REFLECTIVE,
     collapsed,
-    dominance,
     is_hard,
     mixed_advantage,
     outcome_reward,
-    ranking_reward,
-    structural_entropy,
 )
 from verl_plugins.services import Prompt, Prompts
 

@@ -261,6 +261,16 @@ class TestCombination:
         site.recipes("acme", one=ABOUT + one, two=ABOUT + two)
         refused(sentence, ["one and two disagree", *parts], "one+two")
 
+    def test_the_command_line_decides(self, site, sentence) -> None:
+        one = "plugins: {grpo: {epsilon: 0.1}}\nactor_rollout_ref: {actor: {use_kl_loss: true, entropy_coeff: 0.1}}"
+        two = "plugins: {grpo: {epsilon: 0.2}}\nactor_rollout_ref: {actor: {use_kl_loss: false, entropy_coeff: 0.1}}"
+        site.recipes("acme", one=ABOUT + one, two=ABOUT + two)
+        decided = ["plugins.grpo.epsilon=0.3", "actor_rollout_ref.actor.use_kl_loss=true"]
+        refused(sentence, ["true and false", f"as in {decided[1]}"], "one+two", decided[0])
+        run = composed("one+two", *decided)
+        assert run.plugins["grpo"]["epsilon"] == 0.3
+        assert run.config.actor_rollout_ref.actor.use_kl_loss is True
+
 
 class TestCheck:
     """What plugins need is switched on in verl, or refused with the reason."""

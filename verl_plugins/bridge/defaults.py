@@ -14,8 +14,9 @@ from torch import Tensor
 from verl_plugins.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from verl_plugins.batch import Batch, Tokens
+    from verl_plugins.batch import Batch
     from verl_plugins.services import Actor, Rollout
+    from verl_plugins.tokens import Tokens
 
 
 class DriverDefaults:

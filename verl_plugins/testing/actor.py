@@ -11,7 +11,6 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from verl_plugins.batch import Tokens
 from verl_plugins.bridge.defaults import ActorDefaults
 from verl_plugins.errors import DataError
 from verl_plugins.manager import Plugins
@@ -19,6 +18,7 @@ from verl_plugins.plugin import Plugin
 from verl_plugins.testing.fakes import FakeActor
 from verl_plugins.testing.record import Recorder, StageFailed
 from verl_plugins.testing.scenario import Change, Table, stored_as
+from verl_plugins.tokens import Tokens
 
 ALWAYS = ("prompts", "responses", "response_mask", "old_log_probs", "advantages")
 """Fields `tokens.extra` gives besides those put and those needed."""

@@ -1,0 +1,230 @@
+"""Recipes that choose or change prompts, or the reward, train through verl's real trainer, most in colocate_async."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from training import PROMPTS, ROWS_OF_DATASET, SHORT, Training, healthy, ours, train
+
+pytestmark = pytest.mark.e2e
+
+
+class TestMopps:
+    """Recipe mopps, mode colocate_async, in pools four times the batch. Odd prompts are known to be hopeless."""
+
+    def test_trains(self, out: Path) -> None:
+        folder, known = out / "mopps", out / "known.json"
+        known.write_text(json.dumps({str(n): [0 if n % 2 else 4, 8] for n in range(ROWS_OF_DATASET)}))
+        training = train(
+            "mopps",
+            folder,
+            *SHORT,
+            "trainer.v1.trainer_mode=colocate_async",
+            "trainer.total_training_steps=2",
+            f"trainer.rollout_data_dir={folder / 'rollouts'}",
+            "plugins.mopps.pool_ratio=4",
+            f"plugins.mopps.init_from={known}",
+        )
+        healthy(training, 2, on_policy=False)
+        for step in training.steps:
+            found = ours(step, "mopps")
+            assert found["effective_ratio"] == pytest.approx(step["health/mixed_groups"])
+            assert found["passes"] == 1
+            assert abs(found["theta_selected_mean"] - 0.5) < 0.2
+            asked = step["step"] * PROMPTS * 8 / ROWS_OF_DATASET
+            assert found["evidence_mass_mean"] == pytest.approx(8 * 3.0 + asked)
+        prompts = [prompt_id for prompt_id, _, _ in training.draws()]
+        assert len(prompts) == len(set(prompts)) == 2 * PROMPTS
+        assert {prompt_id % 2 for prompt_id in prompts} == {0}
+
+
+class TestColocateAsync:
+    """Recipes vade and clip_cov combined, mode colocate_async: rollouts run ahead of the updates."""
+
+    @pytest.fixture(scope="class")
+    def both(self, out: Path) -> Training:
+        folder = out / "both"
+        return train(
+            "vade+clip_cov",
+            folder,
+            *SHORT,
+            "trainer.v1.trainer_mode=colocate_async",
+            "trainer.total_training_steps=3",
+            "trainer.save_freq=3",
+            f"trainer.rollout_data_dir={folder / 'rollouts'}",
+            "plugins.clip_cov.clip_cov_ratio=0.05",
+        )
+
+    def test_trains(self, both: Training) -> None:
+        healthy(both, 3, on_policy=False)
+        assert both.steps[0]["training/rollout_probs_diff_max"] < 1e-3
+        assert max(step["training/off_policy/trajectory_staleness/max"] for step in both.steps) >= 1
+
+    def test_clip_cov_takes_tokens_out_of_the_gradient(self, both: Training) -> None:
+        for step in both.steps:
+            found = ours(step, "clip_cov")
+            assert 0 < found["num_selected"] <= found["num_candidates"]
+            assert 0.02 < found["pg_clipfrac"] < 0.06
+            assert found["cov_max"] > found["cov_mean"]
+
+    def test_prompts_in_flight_are_not_drawn_again(self, both: Training) -> None:
+        draws = both.draws()
+        assert len(draws) == 3 * PROMPTS
+        assert any(drawn < trained for _, drawn, trained in draws)
+        for (one, _, trained), (other, drawn, _) in itertools.pairwise(draws):
+            assert one != other or trained < drawn
+
+    def test_the_queue_and_the_plugins_are_saved_together(self, both: Training) -> None:
+        checkpoint = both.out / "global_step_3"
+        assert (checkpoint / "transfer_queue").is_dir()
+        arrays = load_file(checkpoint / "plugins/arrays.safetensors")
+        assert any(name.startswith("driver/vade/") for name in arrays)
+
+
+class TestTtrlAndKlCov:
+    """Recipes ttrl and kl_cov combined, mode sync: twelve votes, four of them trained on, two updates a step."""
+
+    @pytest.fixture(scope="class")
+    def both(self, out: Path) -> Training:
+        folder = out / "ttrl_kl_cov"
+        return train(
+            "ttrl+kl_cov",
+            folder,
+            *SHORT,
+            "trainer.total_training_steps=2",
+            f"trainer.rollout_data_dir={folder / 'rollouts'}",
+            "actor_rollout_ref.rollout.n=4",
+            "actor_rollout_ref.actor.ppo_mini_batch_size=8",
+            "plugins.ttrl.n_votes=12",
+            "plugins.kl_cov.kl_cov_ratio=0.1",
+        )
+
+    def test_trains(self, both: Training) -> None:
+        healthy(both, 2)
+        for step in both.steps:
+            assert ours(step, "grpo")["group_size_min"] == 4
+            assert step["health/groups_off_size"] == 0
+            found = ours(step, "ttrl")
+            assert found["ground_truth_ratio"] == pytest.approx(step["health/accuracy"], abs=1e-6)
+            assert 1 / 12 <= found["majority_ratio"] == pytest.approx(found["mean_reward"], abs=1e-6)
+            assert 0 < found["label_accuracy"] < 1
+            assert found["missing_answer_share"] < 0.05
+            assert step["rollout/responses"] == 12 * PROMPTS
+            assert step["rollout/tokens"] > 2 * step["response_length/mean"] * 4 * PROMPTS
+
+    def test_agreement_is_rewarded(self, both: Training) -> None:
+        for file in (both.out / "rollouts").glob("*.jsonl"):
+            groups: dict[str, list[dict]] = {}
+            for row in map(json.loads, file.read_text().splitlines()):
+                groups.setdefault(row["uid"].rsplit("_", 2)[0], []).append(row)
+            assert len(groups) == PROMPTS
+            for rows in groups.values():
+                agreeing = {row["output"] for row in rows if row["score"] == 1}
+                assert len(agreeing) <= 1
+                assert agreeing.isdisjoint(row["output"] for row in rows if row["score"] == 0)
+            assert any(row["score"] == 1 and row["output"] != row["gts"] for rows in groups.values() for row in rows)
+
+    def test_kl_cov_penalises_what_has_moved(self, both: Training) -> None:
+        for step in both.steps:
+            found = ours(step, "kl_cov")
+            tokens = step["response_length/mean"] * 4 * PROMPTS / 2
+            assert found["num_selected"] == pytest.approx(0.1 * tokens, abs=1)
+            assert found["selected_cov"] > found["selected_cov_min"] > 0
+            assert found["ratio_max"] > 1
+            assert 0 < found["penalty"] < found["selected_abs_kl"]
+
+
+class TestPromptAugmentation:
+    """Recipes prompt_augmentation and mc_grpo combined, mode colocate_async: short formats, one of them to validate."""
+
+    @pytest.fixture(scope="class")
+    def both(self, out: Path) -> Training:
+        folder = out / "prompt_augmentation"
+        return train(
+            "prompt_augmentation+mc_grpo",
+            folder,
+            "trainer.v1.trainer_mode=colocate_async",
+            "trainer.total_training_steps=2",
+            "trainer.val_before_train=false",
+            "trainer.test_freq=2",
+            "data.val_max_samples=16",
+            f"trainer.validation_data_dir={folder / 'validations'}",
+            f"trainer.rollout_data_dir={folder / 'rollouts'}",
+            f"plugins.prompt_augmentation.templates=[{Path(__file__).parents[2] / 'benchmarks/short_templates.yaml'}]",
+            "plugins.prompt_augmentation.validation=begun",
+        )
+
+    def test_trains(self, both: Training) -> None:
+        healthy(both, 2, on_policy=False)
+        for step in both.steps:
+            found = ours(step, "prompt_augmentation")
+            assert found["acc_mean"] == pytest.approx(step["health/accuracy"], abs=1e-6)
+            assert found["format/plain"] == 1
+            assert sum(value for key, value in found.items() if key.startswith("count/")) == 3 * PROMPTS
+            assert 1 / 3 < found["format_mean"] < 1
+            assert ours(step, "mc_grpo")["abs_adv_max"] > 0
+            assert step["actor/kl_loss"] >= 0, "mc_grpo brings its KL term"
+
+    def test_a_group_shares_its_format_and_the_prefill_is_prompt(self, both: Training) -> None:
+        for file in (both.out / "rollouts").glob("*.jsonl"):
+            groups: dict[str, set[str]] = {}
+            for row in map(json.loads, file.read_text().splitlines()):
+                groups.setdefault(row["uid"].rsplit("_", 2)[0], set()).add(row["input"])
+            inputs = [text for (text,) in groups.values()]
+            formats = [text.startswith("s ") or 2 * text.endswith("==") for text in inputs]
+            assert {0, 1, 2} == set(formats)
+
+    def test_validation_has_one_format(self, both: Training) -> None:
+        rows = (both.out / "validations" / "2.jsonl").read_text().splitlines()
+        assert all(json.loads(row)["input"].endswith("==") for row in rows)
+        assert len(rows) == 16 * 8
+
+
+class TestSiri:
+    """Recipes siri and vade combined, mode colocate_async: budgets of 1 and 16 tokens in turn, validated every step."""
+
+    @pytest.fixture(scope="class")
+    def siri(self, out: Path) -> Training:
+        folder = out / "siri"
+        return train(
+            "siri+vade",
+            folder,
+            "trainer.v1.trainer_mode=colocate_async",
+            "trainer.total_training_steps=3",
+            "trainer.val_before_train=false",
+            "trainer.test_freq=1",
+            "data.val_max_samples=16",
+            f"trainer.validation_data_dir={folder / 'validations'}",
+            f"trainer.rollout_data_dir={folder / 'rollouts'}",
+            "plugins.siri.scheduler=stair",
+            "plugins.siri.cycle_length=2",
+            "plugins.siri.min_length=1",
+        )
+
+    def test_the_budget_follows_its_schedule(self, siri: Training) -> None:
+        healthy(siri, 3, on_policy=False)
+        found = [ours(step, "siri") for step in siri.steps]
+        assert [step["max_length"] for step in found] == [1, 16, 1]
+        assert [step["phase"] for step in found] == [0, 1, 0]
+        assert [step["cycle_index"] for step in found] == [0, 0, 1]
+
+    def test_a_response_is_judged_by_the_budget_of_its_draw(self, siri: Training) -> None:
+        for step in siri.steps:
+            drawn = {drawn for _, drawn, trained in siri.draws() if trained == step["step"]}
+            budgets = {1 if number % 2 else 16 for number in drawn}
+            found = ours(step, "siri")
+            assert (found["budget_min"], found["budget_max"]) == (min(budgets), max(budgets))
+            assert step["response_length/max"] <= max(budgets)
+            assert (found["truncated_frac"] > 0.3) == (1 in budgets)
+            assert step["health/truncated"] == pytest.approx(found["truncated_frac"])
+
+    def test_validation_is_not_capped(self, siri: Training) -> None:
+        rows = (siri.out / "validations" / "1.jsonl").read_text().splitlines()
+        texts = [json.loads(row)["output"] for row in rows]
+        assert len(texts) == 16 * 8
+        assert sum(len(text) > 1 for text in texts) > len(texts) / 2
+        assert ours(siri.steps[0], "siri")["budget_max"] == 1
