@@ -44,7 +44,7 @@ class Observed:
 
     def policy(self, step: int) -> dict[str, Any]:
         """What `run.log_probs`, `run.score` and `run.generate` answered during a step."""
-        return torch.load(self.folder / f"policy_{step}.pt", weights_only=False)
+        return torch.load(self.folder / f"policy_{step}.pt", weights_only=True)
 
     def reference(self, step: int) -> tuple[Any, Any]:
         """The weights that step began with, in plain Transformers."""

@@ -44,7 +44,7 @@ def weights(training: Training) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for kind in ("model", "optim"):
         file = training.out / f"global_step_4/actor/{kind}_world_size_1_rank_0.pt"
-        flatten(torch.load(file, weights_only=False), kind, found)
+        flatten(torch.load(file, weights_only=True), kind, found)
     return found
 
 
