@@ -24,7 +24,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED) $(DOCS_INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest --ignore tests/e2e
+	$(BIN)/python -m pytest --ignore tests/e2e -n 2 --dist loadfile
 	$(BIN)/python -m pytest tests/e2e -n 2 --dist loadfile
 
 test-vllm: $(VLLM_INSTALLED)
