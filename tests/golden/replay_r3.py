@@ -17,6 +17,7 @@ from verl_plugins.sampling.r3 import (
 )
 
 EOS = 0
+RANK_SETS = {"truncated_in_all_negative_groups": "truncated", "truncated": "truncated", "all_failed": "all_failed"}
 
 
 def replay(case: Case, expected: dict) -> dict:
@@ -42,7 +43,8 @@ def advantage(case: Case) -> dict:
     mask = flags(case, "response_mask")
     batch = Batch.from_tensors(uid=case.input("uid"), rm_scores=case.tensor("token_level_rewards"), response_mask=mask)
     replayed = flags(case, "is_replay")
-    values = mixed_advantage(batch.scores, replayed, batch.groups, case.param("alpha"), case.param("lam"))
+    alpha = case.param("alpha"), case.param("lam"), case.param("alpha_scope", "group")
+    values = mixed_advantage(batch.scores, replayed, batch.groups, *alpha)
     return {"advantages": batch.to_tokens(values)}
 
 
@@ -50,7 +52,7 @@ def select(case: Case) -> dict:
     """Each entry is stored in the step it is from; then each collapsed prompt wishes for the other outcome."""
     buffer, now = case.input("buffer"), case.input("current_correct")
     names = sorted({entry["prompt_id"] for entry in buffer} | now.keys())
-    store = ReplayStore(len(buffer))
+    store = ReplayStore(case.param("capacity", len(buffer)))
     nothing = [Entry(np.zeros(1, np.int32), np.zeros(1, np.float32))]
     order = sorted(buffer, key=lambda entry: (entry["step"], entry["entry_id"]))
     for entry in order:
@@ -80,32 +82,37 @@ class Tokenizer:
 
 def pipeline(case: Case) -> dict:
     """The hooks of a step, replayed answers being in the store already."""
-    assert case.param("std_ddof") == 1 and case.param("rank_set") == "truncated_in_all_negative_groups"
+    assert case.param("std_ddof") == 1
     names = ("alpha", "l_max", "top_ratio", "r_max", "ties", "singleton")
     config = R3.Config(
-        **{name: case.param(name) for name in names}, epsilon=case.param("lam"), mix="append", replay=99, capacity=99
+        **{name: case.param(name) for name in names},
+        alpha_scope=case.param("alpha_scope", "group"),
+        rank_set=RANK_SETS[case.param("rank_set")],
+        epsilon=case.param("lam"),
+        mix="append",
+        replay=99,
+        capacity=99,
     )
     plugin, run = R3(config), FakeRun(config=OmegaConf.create({}))
     uid, mask, correct = case.input("uid"), flags(case, "response_mask"), flags(case, "correct")
     prompts = {name: number for number, name in enumerate(dict.fromkeys(uid))}
     # The newest are replayed first, so the case's first answers are stored last.
     stored = list(zip(case.input("replay_uid"), case.input("replay_score"), strict=True))[::-1]
-    old_mask = flags(case, "replay_response_mask").flip(0)
+    old_mask = flags(case, "replay_response_mask").reshape(-1, mask.shape[1]).flip(0)
     entries = [Entry(np.ones(n, np.int32), np.zeros(n, np.float32)) for n in old_mask.sum(1).tolist()]
     facts = [[prompts[name] for name, _ in stored], [score > 0 for _, score in stored], [score for _, score in stored]]
     plugin.store.add(0, *map(np.array, facts), entries)
 
     lengths = mask.sum(1)
     last = torch.where(flags(case, "truncated"), 1, EOS)
-    responses = torch.ones_like(mask, dtype=torch.int64).scatter_(1, lengths[:, None] - 1, last[:, None])
+    ending = (lengths[:, None] - 1).clamp(min=0)
+    responses = torch.ones_like(mask, dtype=torch.int64).scatter_(1, ending, last[:, None])
     session = [uid[:row].count(name) for row, name in enumerate(uid)]
     # Each response has used up its budget; it is truncated if it has no end.
     common = dict(tokenizer=Tokenizer(), budget=mask.shape[1], session=session)
     full = Batch.from_tensors(
         uid=[f"{prompts[name]}-1-0" for name in uid],
-        rm_scores=torch.zeros_like(mask, dtype=torch.float32).scatter_(
-            1, lengths[:, None] - 1, correct.float()[:, None]
-        ),
+        rm_scores=torch.zeros_like(mask, dtype=torch.float32).scatter_(1, ending, correct.float()[:, None]),
         response_mask=mask,
         response_lengths=lengths,
         responses=responses,
@@ -118,7 +125,14 @@ def pipeline(case: Case) -> dict:
     plugin.select_rows(run, full)
     assert not full.dropped.any()
 
-    added = full.additions
+    # Which answer of the case each of them is, by the number of the plugin's store.
+    names_of = {f"{number}-1-0": name for name, number in prompts.items()}
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(case.input("replay_uid")):
+        places.setdefault(name, []).append(place)
+    order = [places[names_of[new.key.rsplit("_", 2)[0]]].pop(0) for new in full.additions]
+    added = [new for _, new in sorted(zip(order, full.additions, strict=True), key=lambda pair: pair[0])]
+    assert len(added) == len(stored), "all of them are for a group of one outcome"
     wide = torch.zeros(len(added), mask.shape[1])
     token = torch.arange(mask.shape[1])
     sizes = torch.tensor([len(new.response) for new in added])

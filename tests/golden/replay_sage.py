@@ -23,19 +23,22 @@ def replay(case: Case, expected: dict) -> dict:
 class Servers:
     """Rollout servers that answer as the case says: rewards by level, and an object of hints or nothing to read."""
 
-    def __init__(self, hints: dict | None, rewards: dict[int, list[float]]) -> None:
+    def __init__(self, hints: object, rewards: dict[int, list[float]], fallback: dict | None = None) -> None:
         self.rewards, self.asked = rewards, []
         self.run = FakeRun(config=OmegaConf.create(CONFIG), dataset=FakeDataset(1))
         self.run.generate = self.generate
         self.answer = json.dumps(hints) if hints else "no idea"
-        self.by_question = {f"\n{text}": int(name[-1]) for name, text in (hints or {}).items() if text}
+        self.payloads = [payload for payload in (hints, fallback) if isinstance(payload, dict)]
+        self.prompt: Prompt | None = None
 
     async def generate(self, messages, n=1, temperature=None, max_tokens=None):
         return [Generated([0], [0.0], self.answer)]
 
     async def sample(self, n=None, *, messages=None):
-        question = question_of(messages) if messages else ""
-        level = next((k for text, k in self.by_question.items() if question.endswith(text)), 0)
+        level = self.prompt.row["hint_used"] if messages else 0
+        if messages:
+            texts = [payload.get(f"level_{level}") for payload in self.payloads]
+            assert any(question_of(messages).endswith(f"\n{text.strip()}") for text in texts if text)
         self.asked.append(level)
         scores = self.rewards[level]
         return [Rollout("", [], score, score > 0, False, {}, {"level": level}) for score in scores]
@@ -55,7 +58,7 @@ def drawn(plugin: Sage, run: FakeRun) -> Prompt:
 
 def play(plugin: Sage, hints: dict | None, rewards: dict[int, list[float]]) -> tuple[Prompt, list[float], Servers]:
     servers = Servers(hints, rewards)
-    prompt = drawn(plugin, servers.run)
+    servers.prompt = prompt = drawn(plugin, servers.run)
     rollouts = asyncio.run(plugin.rollout_group(servers.run, prompt, servers.sample))
     assert {rollout.outputs["level"] for rollout in rollouts} == {prompt.row["hint_used"]}
     return prompt, [rollout.score for rollout in rollouts], servers
@@ -88,9 +91,8 @@ def light_step(case: Case) -> dict:
             plugin.level[0], plugin.accuracy[0] = level, accuracy
         if fallback:
             plugin.hints["0"] = json.dumps(fallback)
-        servers = Servers(hints, dict.fromkeys(range(4), rewards))
-        servers.by_question |= {f"\n{text}": int(name[-1]) for name, text in (fallback or {}).items() if text}
-        prompt = drawn(plugin, servers.run)
+        servers = Servers(hints, dict.fromkeys(range(4), rewards), fallback)
+        servers.prompt = prompt = drawn(plugin, servers.run)
         kept = asyncio.run(plugin.rollout_group(servers.run, prompt, servers.sample))
         found["wanted_level"].append(prompt.row["hint_level"])
         found["effective_level"].append(prompt.row["hint_used"])

@@ -132,6 +132,12 @@ class TestWorker:
         assert worker.status == "failure"
         assert Worker(Plugins([]), failing=tuple(range(N))).play() == []
 
+    @pytest.mark.parametrize("plugins", [[], [OneMoreGroup(NoSettings())]])
+    def test_a_group_of_which_nothing_came_back_has_failed(self, plugins) -> None:
+        worker = Worker(Plugins(plugins), failing=tuple(range(N + 2)))
+        assert worker.play() == []
+        assert worker.status == "failure", "verl draws another prompt for it"
+
     def test_validation_has_no_account(self) -> None:
         fields = Worker(Plugins([OneMoreGroup(NoSettings())])).play(validate=True)
         assert len(fields) == 2 * N

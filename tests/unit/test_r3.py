@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from verl_plugins import Batch, CompositionError, Groups, StateError, Tokens
+from verl_plugins import Batch, CompositionError, Groups, StateError, Tokens, manager
 from verl_plugins.advantage.grpo import grpo_advantage
 from verl_plugins.reward.structural_entropy import dominance, ranking_reward, structural_entropy
 from verl_plugins.sampling.r3 import (
@@ -142,7 +142,7 @@ class TestAdvantage:
             atol=1e-4,
             rtol=0,
         )
-        rows = mixed_advantage(scores, replayed, groups, 2.0, 1e-6, "rows") / plain
+        rows = mixed_advantage(scores, replayed, groups, 2.0, 1e-6, "replay_rows") / plain
         torch.testing.assert_close(rows, torch.tensor([1.0, 1, 0.5, 1, 1]), atol=1e-4, rtol=0)
 
     def test_shorter_right_answers_are_better(self):
@@ -298,6 +298,20 @@ class TestReflection:
         assert self.drawn(self.taught(reflect_share=0.125), run := make_run(2)) and run.metrics["isr_prompts"] == 1
         assert self.drawn(self.taught(reflect_share=0.0), run := make_run(2)) and run.metrics["isr_prompts"] == 0
 
+    def test_where_all_are_hard_they_give_way_to_each_other(self):
+        plugin = method(reflect_share=0.5)
+        train_step(plugin, make_run(1), {number: [False] * N for number in range(8)})
+        prompts = self.drawn(plugin, run := make_run(2))
+        assert (run.metrics["isr_hard"], run.metrics["isr_prompts"]) == (8, 4)
+        ids = {again: {p.id for p in prompts if p.row[REFLECTIVE] == again} for again in (0.0, 1.0)}
+        assert ids[0.0] == ids[1.0] and len(ids[0.0]) == 4, "each beside its plain group"
+
+    def test_an_epoch_ends_where_no_batch_can_be_filled(self):
+        plugin = method()
+        train_step(plugin, make_run(1, rows=12), {number: [False] * N for number in range(8)})
+        self.drawn(plugin, run := make_run(2, rows=12))
+        assert run.metrics["isr_prompts"] > 0
+
     def test_a_long_failure_is_cut_in_the_middle_or_left_out(self):
         plugin = method()
         batch = answers(1, {0: [False] * N})
@@ -331,8 +345,17 @@ class TestReflection:
         with pytest.raises(CompositionError, match="must be a YAML file with a text `instruction`"):
             method(wording=str(file))
 
+    @pytest.mark.parametrize(("right", "seen", "tau"), [(7, 25, 0.28), (7, 50, 0.14), (14, 25, 0.56), (1, 4, 0.25)])
+    def test_a_mean_of_tau_is_not_hard(self, right, seen, tau):
+        assert not is_hard(np.array([float(right)]), np.array([float(seen)]), tau, 2)[0]
+
     def test_prompts_without_a_failure_are_not_hard(self):
         assert is_hard(np.array([0.0, 1, 1]), np.array([0.0, 1, 8]), 1.0, 2).tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("plugins", [["r3", "prompt_augmentation"], ["prompt_augmentation", "r3"]])
+def test_what_others_reward_comes_on_top(plugins):
+    assert manager.build({name: {} for name in plugins}).of_stage("shape_rewards")[0][0] == "r3"
 
 
 def test_state_of_another_dataset_is_refused():
@@ -346,6 +369,8 @@ def test_state_of_another_dataset_is_refused():
     ("options", "changes", "told"),
     [
         ({}, {"algorithm": {"filter_groups": {"enable": True}}}, "filter_groups"),
+        ({}, {"algorithm": {"use_kl_in_reward": True}}, "algorithm.use_kl_in_reward=true"),
+        ({}, {"distillation": {"enabled": True}}, "distillation.enabled=false"),
         ({"replay": 4}, {}, "plugins.r3.replay=4 would replace whole groups"),
     ],
 )

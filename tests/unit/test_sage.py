@@ -7,16 +7,18 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from fakes import FakeDataset, FakeRun
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from test_vade import make_batch
 
-from verl_plugins import CompositionError, DataError, StateError
-from verl_plugins.sampling.sage import Sage, hint_text, next_level, parse_hint, with_hint
+from verl_plugins import Batch, CompositionError, DataError, StateError, manager
+from verl_plugins.sampling.sage import WORD, Sage, hint_text, next_level, parse_hint, with_hint
 from verl_plugins.services import Generated, Prompt, Prompts, Rollout
 
+READABLE = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1)
 HINTS = {"level_1": "key", "level_2": "way", "level_3": "detail"}
 ANSWER = json.dumps(HINTS)
 ROW = {
@@ -51,7 +53,7 @@ class Worker:
 
 
 def play(plugin: Sage, worker: Worker, **row) -> tuple[Prompt, list[Rollout]]:
-    prompt = Prompt(0, {**ROW, "hint_level": 0, "hint_used": 0, "hints": "", **row})
+    prompt = Prompt(0, {**ROW, "hint_level": 0, "hint_used": 0, "hint_question": "2+2?", "hints": "", **row})
     return prompt, asyncio.run(plugin.rollout_group(worker.run, prompt, worker.sample))
 
 
@@ -72,16 +74,47 @@ class TestParse:
 
     def test_line_breaks_and_backslashes(self):
         assert parse_hint('{"level_1": "first\nsecond"}') == {"level_1": "first\nsecond"}
-        assert parse_hint('{"level_1": "\\(x\\)"}') == {"level_1": "(x)"}
+
+    @pytest.mark.parametrize(
+        ("written", "read"),
+        [
+            (r"\\(x\\)", r"\(x\)"),
+            (r"\(x\)", r"\(x\)"),
+            (r"\frac{1}{2} \theta \beta \rho \sqrt 2", r"\frac{1}{2} \theta \beta \rho \sqrt 2"),
+            (r"\neq \nabla \not= \notin \underline x", r"\neq \nabla \not= \notin \underline x"),
+            (r"a\\times b", r"a\times b"),
+            (r"first\nsecond\n\tThird \"x\" \u00e9", 'first\nsecond\n\tThird "x" é'),
+        ],
+    )
+    def test_latex(self, written, read):
+        assert parse_hint(f'{{"level_1": "{written}"}}') == {"level_1": read}
+
+    def test_reasoning_is_not_the_answer(self):
+        echo = '{"level_1": "...", "level_2": "..."}'
+        assert parse_hint(f"<think>They want {echo}, so {{'level_1': 'no'}}</think>{ANSWER}") == HINTS
+        assert parse_hint(f"The format is {echo}. {ANSWER}") == HINTS
+        assert parse_hint(f"<think>{ANSWER}</think> I cannot.") is None
 
     @pytest.mark.parametrize(
         "answer",
-        ["", "no", "[1]", "7", "{}", '{"level_1": "  "}', '{"level_1": 3}', '{"level_4": "x"}', '{"level_1": "a'],
+        [
+            "",
+            "no",
+            "[1]",
+            "7",
+            "{}",
+            '{"level_1": "  "}',
+            '{"level_1": "..."}',
+            '{"level_1": "look \\ud83d here"}',
+            '{"level_1": 3}',
+            '{"level_4": "x"}',
+            '{"level_1": "a',
+        ],
     )
     def test_failed(self, answer):
         assert parse_hint(answer) is None
 
-    @given(st.text("{}[]\"'\\,: ab1\n"))
+    @given(st.text("{}[]\"'\\,: ab1\nud8"))
     def test_nothing_breaks_it(self, answer):
         found = parse_hint(answer)
         assert found is None or isinstance(found, dict)
@@ -90,7 +123,7 @@ class TestParse:
     def test_deep_nesting(self, piece):
         assert parse_hint(piece * 3000) is None
 
-    @given(st.dictionaries(st.sampled_from(sorted(HINTS)), st.text(min_size=1).filter(str.strip), min_size=1))
+    @given(st.dictionaries(st.sampled_from(sorted(HINTS)), READABLE.filter(WORD.search), min_size=1))
     def test_round_trip(self, payload):
         assert parse_hint(f"Sure: {json.dumps(payload)}.") == payload
         assert all(hint_text(payload, int(name[-1])) == text for name, text in payload.items())
@@ -150,6 +183,22 @@ class TestSage:
         worker = Worker(groups=[[]])
         assert play(method(), worker)[1] == []
 
+    def test_level_0_asks_for_nothing(self):
+        worker = Worker(groups=[[0]])
+        assert play(method(max_level=0), worker)[0].row["hint_used"] == 0
+        assert worker.requests == [] and worker.run.metrics["still_unsolved"]
+
+    def test_the_request_has_the_question_of_the_dataset(self):
+        prompts = Prompts([Prompt(0, {**ROW, "raw_prompt": [{"role": "user", "content": "3+3?"}]})])
+        plugin, run = method(), FakeRun(dataset=FakeDataset(1))
+        plugin.prepare_prompts(run, prompts)
+        prompts[0].messages = [{"role": "user", "content": "Once more."}]
+        worker = Worker([ANSWER], [[0], [1]])
+        asyncio.run(plugin.rollout_group(worker.run, prompts[0], worker.sample))
+        assert "3+3?" in worker.requests[0][0][1]["content"] and worker.asked[1].startswith("Once more.")
+        for recipes in ({"r3": {}, "sage": {}, "grpo": {}}, {"prompt_augmentation": {}, "sage": {}, "grpo": {}}):
+            assert manager.build(recipes).of_stage("prepare_prompts")[0][0] == "sage"
+
     def test_a_hint_that_does_not_fit(self):
         hints = json.dumps({**HINTS, "level_1": "long " * 900})
         worker = Worker([hints], [[0], [1]])
@@ -205,6 +254,20 @@ class TestLight:
         worker = Worker(["no"], [[0]])
         prompt, _ = play(plugin, worker, hint_level=2)
         assert (worker.asked, prompt.row["hint_used"]) == ([None], 0)
+
+    @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2]])
+    def test_the_last_of_two_draws_counts(self, order):
+        plugin = method(variant="sage-light")
+        fields = {"uid": ["0-9-5", "0-9-5", "0-10-2", "0-10-2"], "hint_used": [1, 1, 0, 0]}
+        fields |= {"rm_scores": [[1.0], [1.0], [0.0], [0.0]], "hints": ["{}", "{}", ANSWER, ANSWER]}
+        shuffled = {name: [values[place] for place in order] for name, values in fields.items()}
+        scores = torch.tensor(shuffled.pop("rm_scores"))
+        plugin.observe(
+            FakeRun(dataset=FakeDataset(1)),
+            Batch.from_tensors(rm_scores=scores, response_mask=torch.ones_like(scores), **shuffled),
+        )
+        assert (plugin.level[0], plugin.accuracy[0], plugin.hints["0"]) == (0, 0, ANSWER)
+        assert (plugin.right[0], plugin.asked[0]) == (2, 4)
 
     def test_from_visit_to_visit(self):
         plugin, run = method(variant="sage-light"), FakeRun(dataset=FakeDataset(3))
@@ -264,11 +327,19 @@ class TestPrompts:
         plugin.prepare_prompts(run, prompts)
         assert plugin._solution(prompts[0]) == "4"
 
-    @pytest.mark.parametrize("text", ["tutor: a", "{tutor: a, request: $problem, hint: $hint}", "- a"])
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "tutor: a",
+            "{tutor: a, request: $problem, hint: $hint}",
+            "- a",
+            "{tutor: 3 $, request: $problem $solution, hint: $hint}",
+        ],
+    )
     def test_wording(self, tmp_path, sentence, text):
         path = tmp_path / "words.yaml"
-        path.write_text("{tutor: a, request: $problem $solution, hint: b $hint}")
-        assert method(wording=str(path))._hinted(Prompt(0, ROW), "c")[-1]["content"] == "2+2?b c"
+        path.write_text("{tutor: a, request: $problem $solution, hint: b $$ $hint}")
+        assert method(wording=str(path))._hinted(Prompt(0, ROW), "c")[-1]["content"] == "2+2?b $ c"
         path.write_text(text)
         with pytest.raises(CompositionError) as error:
             method(wording=str(path)).check(OmegaConf.create({}))
@@ -279,9 +350,10 @@ class TestPrompts:
         [
             ({"algorithm": {"filter_groups": {"enable": True}}}, ("filter_groups.enable=false",)),
             ({"reward": {"reward_model": {"enable": True, "enable_resource_pool": False}}}, ("enable_resource_pool",)),
+            ({"data": {"max_response_length": 512}}, ("hint_max_tokens=1024", "max_response_length=512")),
         ],
     )
     def test_refused(self, sentence, config, words):
         with pytest.raises(CompositionError) as error:
-            method().check(OmegaConf.create(config))
+            method().check(OmegaConf.merge({"data": {"max_prompt_length": 512, "max_response_length": 2048}}, config))
         sentence(error.value, "plugins.sage", *words)

@@ -89,7 +89,7 @@ class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
             if sessions and not group.validate:
                 sessions[0].outputs[-1].extra_fields[ACCOUNT_FIELD] = group.account.as_field()
             rows = await self._rows(sessions, trajectory["validate"])
-            status = "finished" if len(sessions) == group.size else "failure"
+            status = "finished" if sessions and len(sessions) == group.size else "failure"
         except Exception:
             agent_loop_tq.logger.exception(f"rollout of prompt {uid} failed")
         await self._publisher.publish(partition, rows, uid, status)

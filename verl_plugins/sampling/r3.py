@@ -84,7 +84,7 @@ def mixed_advantage(
 
 def is_hard(right: np.ndarray, seen: np.ndarray, tau: float, epoch: int) -> np.ndarray:
     """[N] right and all outcomes so far -> bool: mean below tau, something failed, and not in the first epoch."""
-    return (right < seen) & (right < tau * seen) & (epoch >= 2)
+    return (right < seen) & (right / np.maximum(seen, 1) < tau) & (epoch >= 2)
 
 
 def collapsed(correct: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
@@ -138,7 +138,9 @@ class R3(Plugin):
             "current", "of replayed answers: current policy, or stored", choices=("current", "stored")
         )
         alpha: float = setting(1.0, "factor on the std of groups with replayed answers", gt=0)
-        alpha_scope: str = setting("group", "alpha for the whole group, or replayed answers", choices=("group", "rows"))
+        alpha_scope: str = setting(
+            "group", "alpha for the whole group, or replayed answers", choices=("group", "replay_rows")
+        )
         epsilon: float = setting(1e-6, "lambda, added to the std", gt=0)
         tau: float = setting(0.25, "prompts with a lower mean outcome are reflected on", ge=0, le=1)
         reflect_share: float = setting(0.25, "largest share of a draw that is reflection; 0: none", ge=0, le=0.5)
@@ -163,6 +165,16 @@ class R3(Plugin):
                 "plugins.r3 mends the groups that algorithm.filter_groups throws away; set "
                 "algorithm.filter_groups.enable=false"
             )
+        if OmegaConf.select(config, "algorithm.use_kl_in_reward"):
+            raise CompositionError(
+                "plugins.r3 stores rewards, in which a step's algorithm.use_kl_in_reward=true would stay; set it to "
+                "false and actor_rollout_ref.actor.use_kl_loss=true"
+            )
+        if OmegaConf.select(config, "distillation.enabled"):
+            raise CompositionError(
+                "plugins.r3 replays answers, for which there are no log-probs of a teacher; set "
+                "distillation.enabled=false"
+            )
         if self.config.mix == "replace" and self.config.replay >= rollout.n:
             raise CompositionError(
                 f"plugins.r3.replay={self.config.replay} would replace whole groups of "
@@ -177,19 +189,20 @@ class R3(Plugin):
         for prompt in prompts:
             prompt.row[REFLECTIVE] = 0.0
         ids, rng = np.array([prompt.id for prompt in prompts]), run.rng("reflect")
-        epoch = 1 + (run.step - 1) * run.config.data.train_batch_size // len(run.dataset)
+        # As verl's loader counts, which leaves out the rest of an epoch that does not fill a batch.
+        epoch = 1 + (run.step - 1) // max(1, len(run.dataset) // run.config.data.train_batch_size)
         hard = is_hard(self.right[ids], self.seen[ids], self.config.tau, epoch)
-        asked, others = rng.permutation(np.flatnonzero(hard)), rng.permutation(np.flatnonzero(~hard))
-        count = min(int(self.config.reflect_share * len(ids)), len(others))
+        asked, easy = rng.permutation(np.flatnonzero(hard)), rng.permutation(np.flatnonzero(~hard))
+        count = int(self.config.reflect_share * len(ids))
         wishes, found = self.store.pick(ids[asked], np.zeros(len(asked), bool), np.ones(len(asked)), rng)
         numbers = self.store.facts["number"][found]
-        asked = asked[wishes].tolist()
         shown = {
             place: self._shown(run, prompts[place], number)
-            for place, number in zip(asked, numbers.tolist(), strict=True)
+            for place, number in zip(asked[wishes].tolist(), numbers.tolist(), strict=True)
         }
         fitting = [place for place, messages in shown.items() if messages is not None][:count]
-        for place, instead_of in zip(fitting, others[: len(fitting)].tolist(), strict=True):
+        others = [*easy.tolist(), *asked[~np.isin(asked, fitting)].tolist()]
+        for place, instead_of in zip(fitting, others[: len(fitting)], strict=True):
             second = prompts.repeat(place, instead_of)
             second.messages, second.row[REFLECTIVE] = shown[place], 1.0
         too_long = sum(messages is None for messages in shown.values())
@@ -217,7 +230,7 @@ class R3(Plugin):
 
     # Rewards and replay
 
-    @hookimpl
+    @hookimpl(tryfirst=True)
     def shape_rewards(self, run: Run, batch: Batch) -> None:
         batch.rewards = outcome_reward(batch.correct, batch.lengths, self.config.l_max)
 

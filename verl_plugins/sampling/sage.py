@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import pyjson5
+import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
@@ -51,6 +52,10 @@ from verl_plugins.sampling.prompt_augmentation import prompt_tokens
 from verl_plugins.sampling.vade import evidence
 
 LEVELS = 3
+REASONED = "</think>"
+WORD, SURROGATE = re.compile(r"\w"), re.compile("[\ud800-\udfff]")
+LATEX = re.compile(r"""(\\[\\"'/\n]|\\u[0-9a-fA-F]{4}|\\n(?!abla|eq\b|ot(?:in)?\b)|\\[bfrt](?![a-z]))|\\""")
+"""A backslash that begins an escape of JSON (group 1), or else one that was written for LaTeX, as in \\theta."""
 Messages = list[dict[str, Any]]
 
 
@@ -69,26 +74,28 @@ def read_wording(path: Path) -> dict[str, Template]:
     if found.keys() != names.keys() or any(set(_names(found[name])) != names[name] for name in names):
         raise CompositionError(
             f"plugins.sage.wording={str(path)!r} must be a YAML file of tutor, request (with $problem and $solution) "
-            "and hint (with $hint)"
+            "and hint (with $hint); any other dollar sign is written $$"
         )
     return found
 
 
 def _names(template: Template) -> list[str]:
-    return [match["named"] or match["braced"] for match in template.pattern.finditer(template.template)]
+    found = template.pattern.finditer(template.template)
+    return [match["named"] or match["braced"] or "" for match in found if not match["escaped"]]
 
 
 def hint_text(payload: Mapping[str, Any] | None, level: int) -> str | None:
-    """The text of a level; None where it is missing, blank or no text."""
+    """The text of a level; None where it is missing, without a word ("..."), or no text that can be tokenized."""
     text = (payload or {}).get(f"level_{level}")
-    return text if isinstance(text, str) and text.strip() else None
+    return text if isinstance(text, str) and WORD.search(text) and not SURROGATE.search(text) else None
 
 
 def parse_hint(answer: str) -> dict[str, Any] | None:
-    """The first object in an answer that has the text of a level; None if there is none.
+    """The first object in an answer, behind its reasoning, that has the text of a level; None if there is none.
 
-    Fences and prose around it, single quotes, trailing commas and raw line breaks are borne.
+    Fences and prose around it, single quotes, trailing commas, raw line breaks and LaTeX's backslashes are borne.
     """
+    answer = LATEX.sub(lambda match: match[1] or r"\\", answer.rpartition(REASONED)[2])
     for brace in re.finditer(r"\{", answer):
         found = _object_at(answer, brace.start())
         if isinstance(found, dict) and any(hint_text(found, level) for level in range(1, LEVELS + 1)):
@@ -175,6 +182,13 @@ class Sage(Plugin):
 
     def check(self, config: DictConfig) -> None:
         self.wording  # noqa: B018  refuses a file that cannot be used
+        data, most = config.data, self.config.hint_max_tokens
+        if most >= data.max_prompt_length + data.max_response_length:
+            raise CompositionError(
+                f"plugins.sage.hint_max_tokens={most} leaves no room for a request in data.max_prompt_length="
+                f"{data.max_prompt_length} and data.max_response_length={data.max_response_length} together; set it "
+                "lower, so that problem, solution and answer fit"
+            )
         if OmegaConf.select(config, "algorithm.filter_groups.enable"):
             raise CompositionError(
                 "plugins.sage gives failed groups another chance, and algorithm.filter_groups throws groups away; set "
@@ -189,8 +203,9 @@ class Sage(Plugin):
 
     # Driver
 
-    @hookimpl
+    @hookimpl(tryfirst=True)
     def prepare_prompts(self, run: Run, prompts: Prompts) -> None:
+        """First, because the hints are for the question of the dataset, whatever others make of the prompt."""
         self._prepare(len(run.dataset))
         config, ids = self.config, [prompt.id for prompt in prompts]
         visits = self.level[ids], self.accuracy[ids]
@@ -199,7 +214,8 @@ class Sage(Plugin):
             wanted = np.zeros_like(wanted)
         for prompt, level in zip(prompts, wanted.tolist(), strict=True):
             self._solution(prompt)
-            prompt.row |= {"hint_level": level, "hint_used": 0, "hints": self.hints.get(str(prompt.id), "")}
+            question, last = question_of(prompt.messages), self.hints.get(str(prompt.id), "")
+            prompt.row |= {"hint_level": level, "hint_used": 0, "hint_question": question, "hints": last}
 
     def _solution(self, prompt: Prompt) -> str:
         if prompt.solution:
@@ -216,15 +232,18 @@ class Sage(Plugin):
         self._prepare(len(run.dataset))
         batch = batch.full
         ids, correct, n = evidence(batch, None, 0.5)
-        rows = np.asarray(batch.extra("hint_used"), dtype=np.int64)
-        self.level[batch.prompt_id.numpy()] = rows
-        self.accuracy[ids] = correct / n
         self.right[ids] += correct
         self.asked[ids] += n
+        draws = batch.groups.first(torch.ones(len(batch), dtype=torch.bool)).numpy().nonzero()[0]
+        draws = draws[np.lexsort(np.array([uid.split("-") for uid in batch.uid[draws]]).astype(int).T[::-1])]
+        # Of several draws of a prompt the last one stays, level and accuracy both.
+        drawn, level = batch.prompt_id.numpy()[draws], np.asarray(batch.extra("hint_used"), dtype=np.int64)[draws]
+        accuracy = batch.groups.mean(batch.correct.double()).numpy()[draws]
+        self.level[drawn], self.accuracy[drawn] = level, accuracy
         if self.config.variant == "sage-light":
-            told = zip(batch.prompt_id.tolist(), batch.extra("hints"), strict=True)
-            self.hints |= {str(prompt_id): text for prompt_id, text in told if text}
-        self._log_levels(run, self.level[ids], correct / n)
+            hints = batch.extra("hints")
+            self.hints |= {str(batch.prompt_id[row].item()): hints[row] for row in draws if hints[row]}
+        self._log_levels(run, level, accuracy)
 
     def _log_levels(self, run: Run, level: np.ndarray, accuracy: np.ndarray) -> None:
         """Final levels of the step's prompts and accuracy at each; mean reward over all visits, by fifths."""
@@ -255,7 +274,7 @@ class Sage(Plugin):
 
     async def _escalate(self, run: Run, prompt: Prompt, sample: Callable, plain: list[Rollout]) -> list[Rollout]:
         """Groups of rising level until one has a right response; the last one that came back."""
-        payload = await self._ask_hints(run, prompt)
+        payload = await self._ask_hints(run, prompt) if self.config.max_level else None
         rollouts, extra, too_long, shown = plain, 0, 0, []
         for level in range(1, self.config.max_level + 1):
             if _solved(rollouts) or not (text := hint_text(payload, level)):
@@ -296,7 +315,7 @@ class Sage(Plugin):
     async def _ask_hints(self, run: Run, prompt: Prompt) -> dict[str, Any] | None:
         """Hints of all levels for one prompt; None if no answer could be read or the request would not fit."""
         config, words = self.config, self.wording
-        fields = {"problem": question_of(prompt.messages), "solution": self._solution(prompt)}
+        fields = {"problem": prompt.row["hint_question"], "solution": self._solution(prompt)}
         messages = [
             {"role": "system", "content": words["tutor"].substitute()},
             {"role": "user", "content": words["request"].substitute(fields)},
