@@ -24,7 +24,10 @@ PER_CALL = "as in the authors' code, means, counts and draws are per micro-batch
 TRUST_REGION = "as in the authors' code, the drift that is penalised is the mean of the micro-batch"
 SUMS_PER_ROW = Scenario(overrides={"actor_rollout_ref.actor.loss_agg_mode": "seq-mean-token-sum"})
 WITH_BONUS = Scenario(overrides={"actor_rollout_ref.actor.entropy_coeff": 0.001})
-SOLVED = Scenario(columns={"extra_info": lambda prompt_id: {"solution": f"{prompt_id} and 7 more"}})
+SOLVED = Scenario(
+    columns={"extra_info": lambda prompt_id: {"solution": f"{prompt_id} and 7 more"}},
+    overrides={"data.max_prompt_length": 2048},
+)
 SECOND_EPOCH = Scenario(overrides={"data.train_batch_size": 48}, seed=5)
 """Every step is an epoch of its own, so that prompts are reflected on; with this seed answers are replayed, too."""
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -90,7 +93,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"scenario": SECOND_EPOCH, "config": {"old_log_probs": "stored", "rank_set": "all_failed", "alpha": 2.0}},
         {"scenario": SECOND_EPOCH, "config": {"mix": "append", "strategy": "random", "capacity": 1}},
     ],
-    "sage": [{"scenario": SOLVED}, {"scenario": SOLVED, "config": {"variant": "sage-light"}}],
+    "sage": [
+        {"scenario": SOLVED, "config": {"hint_max_tokens": 64}},
+        {"scenario": SOLVED, "config": {"hint_max_tokens": 64, "variant": "sage-light"}},
+    ],
     "entropy_law": [{"scenario": Scenario(overrides={"trainer.test_freq": 1}), "config": {"min_points": 2}}],
     "progrpo": [{}, {"config": {"prompt_scope": "low", "skip_all_correct": True}}],
     "copo": [{}, {"config": {"form": "two_losses", "gate": "soft", "reward_coefficient": True}}],
