@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,34 +18,8 @@ import torch
 from torch import Tensor
 
 from verl_plugins.errors import DataError
+from verl_plugins.fields import Source, TensorSource
 from verl_plugins.groups import Groups
-
-
-class Source(Protocol):
-    """Where a batch's fields come from: the queue in training, plain tensors in tests."""
-
-    keys: list[str]
-    """`<uid>_<session>_<turn>` of each row."""
-
-    def fetch(self, name: str) -> Any:
-        """Field `name`: a tensor [B,…] or a list [B]; KeyError when there is no such field."""
-
-    def prefetch(self, names: Iterable[str]) -> None:
-        """Make ready what `fetch` will be asked for."""
-
-
-class TensorSource:
-    """Fields held in memory."""
-
-    def __init__(self, keys: Sequence[str], fields: Mapping[str, Any]) -> None:
-        self.keys = list(keys)
-        self.fields = dict(fields)
-
-    def fetch(self, name: str) -> Any:
-        return self.fields[name]
-
-    def prefetch(self, names: Iterable[str]) -> None:
-        """Nothing to do."""
 
 
 @dataclass(frozen=True)
@@ -218,9 +192,21 @@ class Batch:
         """[B] bool: the verifier's verdict (`acc` of the reward function, else raw score ≥ 0.5), never shaped."""
         self._keep_raw_scores()
         for name in ("verdict", "acc"):
-            with contextlib.suppress(DataError):
-                return self._finite(torch.as_tensor(self.extra(name), dtype=torch.float32), f"field {name}") >= 0.5
+            try:
+                self.extra(name)
+            except DataError:
+                continue
+            return self.numbers(name) >= 0.5
         return self._fields["raw_scores"] >= 0.5
+
+    def numbers(self, name: str) -> Tensor:
+        """[B] float32 values of `extra(name)`; DataError where one is not a finite number."""
+        values = self.extra(name)
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            found = torch.as_tensor(values, dtype=torch.float32)
+            if found.shape == (len(self),):
+                return self._finite(found, f"field {name}")
+        raise DataError(f"field {name!r} must have one number per row, and has {values!r:.80}")
 
     @cached_property
     def lengths(self) -> Tensor:

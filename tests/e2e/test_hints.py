@@ -13,7 +13,7 @@ from verl_plugins.cli import app
 pytestmark = pytest.mark.e2e
 
 PROMPTS, ROLLOUTS = 16, 8
-HINT = "A hint that may help you:\n=="
+HINT = "A hint that may help you:\n1="
 SCRIPTED = '''
 """SAGE whose policy cannot write hints: it is asked for them, and then given some."""
 from verl_plugins import hookimpl
@@ -24,7 +24,7 @@ class Scripted(Sage):
 
     async def _ask_hints(self, run, prompt):
         assert await super()._ask_hints(run, prompt) is None
-        return {"level_1": " ", "level_2": 600 * "long", "level_3": "=="}
+        return {"level_1": " ", "level_2": 600 * "long", "level_3": "1="}
 
     @hookimpl
     def prepare_prompts(self, run, prompts):

@@ -19,7 +19,8 @@ def replay(case: Case, expected: dict) -> dict:
         np.array(case.input(name)) for name in ("candidate_ids", "alpha", "beta", "theta", "success_rate_if_selected")
     )
     count, n = case.param("batch_size"), case.param("group_size")
-    plugin = Mopps(Mopps.Config(**{name: case.param(name) for name in SETTINGS}))
+    usual = Mopps.Config()
+    plugin = Mopps(Mopps.Config(**{name: case.param(name, getattr(usual, name)) for name in SETTINGS}))
     run = FakeRun(dataset=FakeDataset(int(ids.max()) + 1))
     plugin._prepare(len(run.dataset))
     plugin.right[ids] = alpha - plugin.config.prior_alpha
@@ -28,8 +29,9 @@ def replay(case: Case, expected: dict) -> dict:
     own = run.rng
     run.rng = lambda name: SimpleNamespace(beta=lambda a, b: theta) if name == "theta" else own(name)
     selected = plugin.select_prompts(run, count)
-    correct = np.round(rate[np.searchsorted(ids, selected)] * n).astype(int)
+    rates = dict(zip(ids.tolist(), rate.tolist(), strict=True))
+    correct = np.array([round(rates[prompt] * n) for prompt in selected.tolist()])
     plugin.observe(run, batch_of(selected, correct, n))
     belief = plugin._belief(ids)
-    within = case.param("strategy") == "threshold"  # there the order means nothing
+    within = plugin.config.strategy == "threshold"  # there the order means nothing
     return {"selected_ids": np.sort(selected) if within else selected, "alpha": belief[0], "beta": belief[1]}

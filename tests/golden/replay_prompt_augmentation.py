@@ -23,8 +23,8 @@ def method(family: str, format_weight: float = 1.0) -> PromptAugmentation:
 
 
 def reward(case: Case) -> dict:
-    assert case.param("accuracy_weight") == 1
-    plugin = method(case.param("variant"), case.param("format_weight"))
+    assert case.param("accuracy_weight", 1) == 1
+    plugin = method(case.param("variant"), case.param("format_weight", 1.0))
     correct = torch.tensor(case.input("answer_correct")).float()
     tokenizer = FakeTokenizer()
     ids = [torch.tensor(tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]) for text in case.input("completion")]

@@ -8,7 +8,7 @@ from fakes import FakeRun
 from omegaconf import OmegaConf
 
 from verl_plugins import Batch
-from verl_plugins.sampling.siri import Siri, length_budget
+from verl_plugins.sampling.siri import THINK_END, Siri, length_budget
 from verl_plugins.services import Prompt, Prompts
 
 PHASES = ("compression", "expansion")
@@ -53,7 +53,9 @@ def rewards(case: Case) -> dict:
         response_lengths=lengths,
         __max_tokens__=caps.tolist(),
         budget=2 * int(caps.max()),
-        tokenizer=SimpleNamespace(eos_token_id=END),
+        tokenizer=SimpleNamespace(
+            eos_token_id=END, batch_decode=lambda rows, **_: [THINK_END * (END in row) for row in rows]
+        ),
     )
     plugin = Siri(Siri.Config(require_think_end=case.param("require_think_end", False)))
     plugin.shape_rewards(FakeRun(), batch)

@@ -60,8 +60,9 @@ def replay_greedy(case: Case) -> dict:
 def replay_update(case: Case) -> dict:
     alpha, beta = state(case)
     ids, correct, n = (np.array(case.input(key)) for key in ("observed_ids", "correct", "n_rollouts"))
-    came_back = n > 0
-    decay_and_add(alpha, beta, ids[came_back], correct[came_back], n[came_back], *decays(case))
+    asked, place = np.unique(ids[n > 0], return_inverse=True)
+    right, total = (np.bincount(place, values[n > 0], minlength=len(asked)) for values in (correct, n))
+    decay_and_add(alpha, beta, asked, right, total, *decays(case))
     return {"alpha": alpha, "beta": beta}
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from verl_plugins import Batch, DataError, Tokens
-from verl_plugins.batch import TensorSource
+from verl_plugins.fields import TensorSource
 
 
 def make(uid=("3-1-0", "3-1-0", "8-1-0"), **fields) -> Batch:
@@ -99,6 +99,14 @@ class TestTokens:
         mask = torch.tensor([[1, 0, 1]]).to(dtype)
         batch = make(uid=["1-1-0"], rm_scores=torch.zeros(1, 3), response_mask=mask)
         assert batch.to_tokens(torch.tensor([2.0])).tolist() == [[2, 0, 2]]
+
+    @pytest.mark.parametrize("name", ["verdict", "acc"])
+    def test_a_verdict_that_is_no_number_is_refused(self, name):
+        with pytest.raises(DataError, match=f"field {name} of row .* is nan"):
+            make(**{name: torch.tensor([1.0, float("nan"), 1.0])}).correct  # noqa: B018
+        for values in ([1.0, None, 0.0], ["right", "wrong", "right"]):
+            with pytest.raises(DataError, match=f"field '{name}' must have one number per row, and has"):
+                make(extra_fields=[{name: value} for value in values]).correct  # noqa: B018
 
     def test_not_finite(self):
         with pytest.raises(DataError, match="to_tokens: the value of row 8-1-0_2_0 is inf"):

@@ -179,6 +179,15 @@ class TestSelectPrompts:
         plugin.select_prompts(run, 2)
         assert run.metrics["reselected_fraction"] == 0
         plugin.select_prompts(run, 4)
+        assert run.metrics["reselected_fraction"] == 0, "a step may select several times"
+        other, run.step = method(mode="greedy"), 2
+        other.load_state_dict(plugin.state_dict())
+        for again in (plugin, other):
+            again.select_prompts(run, 3)
+            assert run.metrics["reselected_fraction"] == 1
+        plugin.alpha[:2] = 100
+        run.step = 3
+        plugin.select_prompts(run, 2)
         assert run.metrics["reselected_fraction"] == 0.5
 
 

@@ -30,7 +30,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from verl_plugins import Batch, CompositionError, Plugin, Run, Tokens, hookimpl, setting
-from verl_plugins.batch import TensorSource
+from verl_plugins.fields import TensorSource
 
 READ_BY_A_FORWARD_PASS = ("prompts", "prompt_lengths", "responses", "response_lengths", "response_mask")
 

@@ -27,6 +27,7 @@ from omegaconf import DictConfig
 
 from verl_plugins import Batch, CompositionError, DataError, Plugin, Run, hookimpl, setting
 from verl_plugins.sampling.vade import (
+    Selections,
     check_evidence,
     decay_and_add,
     evidence,
@@ -76,8 +77,7 @@ class Mopps(Plugin):
         super().__init__(config)
         self.right = self.wrong = np.zeros(0)
         """[N] counts above the prior, float64; sized on first use."""
-        self.selected = np.zeros(0, dtype=np.int64)
-        """Prompts of the latest selection."""
+        self.selections = Selections()
         self.place, self.passes, self.shuffle_seed = 0, 0, 0
         """Where the current pass over the dataset stands, the passes begun, and the seed of this one's order."""
         self._order = np.zeros(0, dtype=np.int64)
@@ -100,6 +100,7 @@ class Mopps(Plugin):
             places = select_nearest(theta, count, self.config.target)
         else:
             places = select_within(theta, count, self.config.lower, self.config.upper, run.rng("within"))
+        ids = pool[places]
         run.log(
             {
                 "pool_size": len(pool),
@@ -107,11 +108,10 @@ class Mopps(Plugin):
                 "theta_pool_mean": float(theta.mean()),
                 "theta_selected_mean": float(theta[places].mean()),
                 "theta_selected_std": float(theta[places].std()),
-                "reselected_fraction": float(np.isin(pool[places], self.selected).mean()),
+                "reselected_fraction": self.selections.add(run.step, ids),
             }
         )
-        self.selected = pool[places]
-        return self.selected
+        return ids
 
     @hookimpl
     def observe(self, run: Run, batch: Batch) -> None:
@@ -157,10 +157,10 @@ class Mopps(Plugin):
 
     def state_dict(self) -> dict[str, Any]:
         of_pass = {"place": self.place, "passes": self.passes, "shuffle_seed": self.shuffle_seed}
-        return {"right": self.right, "wrong": self.wrong, "selected": self.selected, **of_pass}
+        return {"right": self.right, "wrong": self.wrong, **of_pass, **self.selections.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.right, self.wrong = np.array(state["right"], np.float64), np.array(state["wrong"], np.float64)
-        self.selected = np.array(state["selected"], np.int64)
+        self.selections.load_state_dict(state)
         self.place, self.passes, self.shuffle_seed = (int(state[k]) for k in ("place", "passes", "shuffle_seed"))
         self._order = self._shuffled() if self.passes else np.zeros(0, dtype=np.int64)

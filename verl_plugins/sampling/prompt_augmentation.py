@@ -153,7 +153,8 @@ class PromptAugmentation(Plugin):
 
     @hookimpl
     def prepare_prompts(self, run: Run, prompts: Prompts) -> None:
-        self._check_tokenizer(run)
+        for name, part in self._parts():
+            refuse_hidden(f"prompt_augmentation: {part!r} of template {name!r}", run, part)
         names, too_long = list(self.templates), 0
         rng = run.rng("templates")
         for prompt in prompts:
@@ -174,6 +175,7 @@ class PromptAugmentation(Plugin):
 
     def _apply_first_that_fits(self, run: Run, prompt: Prompt, names: Sequence[str]) -> int:
         """Give the prompt the first template that does not overflow; how many before it did."""
+        refuse_other_loops("prompt_augmentation", prompt, "answers could not be begun for it")
         for too_long, name in enumerate(names):
             template = self.templates[name]
             messages = render(template, prompt.messages)
@@ -186,22 +188,13 @@ class PromptAugmentation(Plugin):
             f"{len(names)} templates fits data.max_prompt_length={run.config.data.max_prompt_length}; raise it"
         )
 
-    @hookimpl
+    @hookimpl(trylast=True)
     def shape_rewards(self, run: Run, batch: Batch) -> None:
+        """Last, because the format comes on top of whatever is the reward of the answer."""
         values = format_rewards(batch.text, batch.extra("format_name"), self.templates)
         fmt = batch.of_session(torch.from_numpy(values).float())
         batch.put("format_reward", fmt)
         batch.rewards = augmented_reward(batch.scores, fmt, self.config.format_weight)
-
-    def _check_tokenizer(self, run: Run) -> None:
-        """Responses are decoded without special tokens: a string made of them would never be seen."""
-        for name, part in self._parts():
-            ids = run.tokenizer(part, add_special_tokens=False)["input_ids"]
-            if part.strip() not in run.tokenizer.decode(ids, skip_special_tokens=True):
-                raise DataError(
-                    f"prompt_augmentation: {part!r} of template {name!r} is a special token of this tokenizer and is "
-                    "not in decoded responses; use templates with other strings"
-                )
 
     def _parts(self) -> Iterator[tuple[str, str]]:
         return ((name, part) for name, template in self.templates.items() for part in template.once)
@@ -224,6 +217,23 @@ class PromptAugmentation(Plugin):
                 "format_mean": float(table["format"].mean()),
                 "format_only_groups": float(groups.per_group(only_format).float().mean()),
             }
+        )
+
+
+def refuse_hidden(what: str, run: Run, text: str) -> None:
+    """DataError if a text is not in decoded responses, which leave out special tokens; `what` says whose it is."""
+    ids = run.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if text.strip() not in run.tokenizer.decode(ids, skip_special_tokens=True):
+        raise DataError(
+            f"{what} is a special token of this tokenizer and is not in decoded responses; it cannot be looked for"
+        )
+
+
+def refuse_other_loops(who: str, prompt: Prompt, why: str) -> None:
+    """DataError if the row of a prompt names an agent loop of several turns."""
+    if (name := prompt.row.get("agent_name", SINGLE_TURN)) != SINGLE_TURN:
+        raise DataError(
+            f"{who}: prompt {prompt.id} has agent_name {name!r}, and {why}; only {SINGLE_TURN!r} is supported"
         )
 
 

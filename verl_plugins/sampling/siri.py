@@ -26,8 +26,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from verl_plugins import Batch, CompositionError, DataError, Plugin, Prompts, Run, hookimpl, setting
+from verl_plugins.sampling.prompt_augmentation import SINGLE_TURN, refuse_hidden, refuse_other_loops
 
-SINGLE_TURN = "single_turn_agent"
 THINK_END = "</think>"
 
 
@@ -101,14 +101,12 @@ class Siri(Plugin):
 
     @hookimpl
     def prepare_prompts(self, run: Run, prompts: Prompts) -> None:
+        if self.config.require_think_end:
+            refuse_hidden(f"siri: {THINK_END!r}", run, THINK_END)
         t = run.step - 1
         budget = round(length_budget(t, self.config.scheduler, self.config.cycle_length, *self.bounds(run.config)))
         for prompt in prompts:
-            if prompt.row.get("agent_name", SINGLE_TURN) != SINGLE_TURN:
-                raise DataError(
-                    f"siri: prompt {prompt.id} has agent_name {prompt.row['agent_name']!r} and so several turns, each "
-                    f"with the budget anew; only {SINGLE_TURN!r} is supported"
-                )
+            refuse_other_loops("siri", prompt, "each of its turns would have the budget anew")
             prompt.max_tokens = budget
         run.log(
             {
@@ -128,8 +126,8 @@ class Siri(Plugin):
                 f"{int(batch.budgets[row])}; the rollout ignored max_tokens"
             )
         if self.config.require_think_end:
-            ended = pd.Series(batch.text).str.contains(THINK_END, regex=False).to_numpy(bool)
-            batch.rewards = batch.rewards * torch.tensor(ended)[:, None]
+            ended = torch.tensor(pd.Series(batch.text).str.contains(THINK_END, regex=False).to_numpy(bool))
+            batch.rewards = torch.where(ended[:, None], batch.rewards, batch.rewards.clamp(max=0))
 
     @hookimpl
     def observe(self, run: Run, batch: Batch) -> None:

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from verl_plugins import Batch, CompositionError, DataError, Plugin, Run, StateError, hookimpl, setting
@@ -100,7 +99,7 @@ def count_outcomes(
 
 def evidence(batch: Batch, metric: str | None, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What a batch says of its prompts, see `count_outcomes`: one verdict per session, from its last output."""
-    correct = batch.correct if metric is None else torch.as_tensor(batch.extra(metric)) >= threshold
+    correct = batch.correct if metric is None else batch.numbers(metric) >= threshold
     return count_outcomes(batch.prompt_id.numpy(), correct.numpy(), batch.is_last.numpy())
 
 
@@ -137,14 +136,15 @@ def log_outcomes(run: Run, predicted: np.ndarray, correct: np.ndarray, n: np.nda
 def read_outcomes(who: str, path: str, prompts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Prompt ids, right and all responses [k] of a JSON file {prompt id: [correct, total]}; DataError if impossible."""
     problem = DataError(
-        f"{who}: init_from {path!r} must map prompt ids below {prompts} to [correct, total] with 0 <= correct <= total"
+        f"{who}: init_from {path!r} must map different prompt ids below {prompts} to [correct, total] with "
+        "0 <= correct <= total"
     )
     try:
         known = json.loads(Path(path).read_text(encoding="utf-8"))
         ids, outcomes = np.array(list(known), dtype=np.int64), np.array(list(known.values()), dtype=np.float64)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise problem from error
-    if outcomes.shape != (len(ids), 2):
+    if outcomes.shape != (len(ids), 2) or len(np.unique(ids)) < len(ids) or not np.isfinite(outcomes).all():
         raise problem
     correct, total = outcomes.T
     if not ((ids >= 0) & (ids < prompts) & (correct >= 0) & (correct <= total)).all():
@@ -196,8 +196,31 @@ def decay_and_add(
     """One step's update of alpha, beta [N] in place; ids, correct and n_rollouts [k], ids distinct."""
     for counts, new in ((alpha, correct), (beta, n_rollouts - correct)):
         observed = lambda_selected * counts[ids] + new
-        counts *= lambda_unselected
+        if lambda_unselected != 1:
+            counts *= lambda_unselected
         counts[ids] = observed
+
+
+class Selections:
+    """Which prompts were selected in this step so far, and in the one before; a step may select several times."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.now = self.before = np.zeros(0, dtype=np.int64)
+
+    def add(self, step: int, ids: np.ndarray) -> float:
+        """Note a selection; the share of it that was also selected in the step before."""
+        if step != self.step:
+            self.step, self.before, self.now = step, self.now, np.zeros(0, dtype=np.int64)
+        self.now = np.concatenate([self.now, ids])
+        return float(np.isin(ids, self.before).mean())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"selected": self.now, "selected_before": self.before, "selected_step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.now, self.before = (np.array(state[name], np.int64) for name in ("selected", "selected_before"))
+        self.step = int(state["selected_step"])
 
 
 class Vade(Plugin):
@@ -223,8 +246,7 @@ class Vade(Plugin):
         super().__init__(config)
         self.alpha = self.beta = np.zeros(0)
         """[N] pseudo-counts, float64; sized on first use."""
-        self.selected = np.zeros(0, dtype=np.int64)
-        """Prompts of the latest selection."""
+        self.selections = Selections()
         self.step = 0
 
     def check(self, config: DictConfig) -> None:
@@ -246,10 +268,9 @@ class Vade(Plugin):
                 "infogain_expected_mean": float(
                     expected_gain(self.alpha[ids], self.beta[ids], self.config.score).mean()
                 ),
-                "reselected_fraction": float(np.isin(ids, self.selected).mean()),
+                "reselected_fraction": self.selections.add(run.step, ids),
             }
         )
-        self.selected = ids
         return ids
 
     @hookimpl
@@ -280,8 +301,9 @@ class Vade(Plugin):
         self.alpha, self.beta = sized(self.name, self.config, self.alpha, self.beta, prompts)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"alpha": self.alpha, "beta": self.beta, "selected": self.selected, "step": self.step}
+        return {"alpha": self.alpha, "beta": self.beta, "step": self.step, **self.selections.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.alpha, self.beta = np.array(state["alpha"], np.float64), np.array(state["beta"], np.float64)
-        self.selected, self.step = np.array(state["selected"], np.int64), int(state["step"])
+        self.step = int(state["step"])
+        self.selections.load_state_dict(state)

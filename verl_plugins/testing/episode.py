@@ -12,8 +12,9 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from verl_plugins.advantage.grpo import grpo_advantage
-from verl_plugins.batch import Batch, TensorSource
+from verl_plugins.batch import Batch
 from verl_plugins.bridge.defaults import DriverDefaults, WorkerDefaults
+from verl_plugins.fields import TensorSource
 from verl_plugins.hookspecs import STAGES
 from verl_plugins.manager import Plugins
 from verl_plugins.plugin import Plugin
