@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from verl_plugins import Batch, CompositionError, DataError
+from verl_plugins import Batch, CompositionError, DataError, manager
 from verl_plugins.compose import compose
 from verl_plugins.sampling.prompt_augmentation import (
     PromptAugmentation,
@@ -195,6 +195,20 @@ class TestDraw:
         with pytest.raises(DataError) as error:
             method(templates=(str(path),), validation="none").prepare_prompts(run, prompts_of(1))
         sentence(error.value, "'<x>'", "'a'", "special token")
+
+    def test_other_agent_loops_are_refused(self, short, sentence):
+        plugin, prompts = method(templates=(short,), validation="dots"), prompts_of(2)
+        prompts[1].row["agent_name"] = "tool_agent"
+        for stage in (plugin.prepare_prompts, plugin.prepare_validation):
+            with pytest.raises(DataError) as error:
+                stage(run_of(), prompts)
+            sentence(error.value, "prompt 1", "'tool_agent'", "'single_turn_agent'")
+
+    @pytest.mark.parametrize("other", ["ttrl", "siri", "r3"])
+    def test_the_format_comes_on_top(self, other):
+        for order in ([other, "prompt_augmentation"], ["prompt_augmentation", other]):
+            stages = manager.build({name: {} for name in order}).of_stage("shape_rewards")
+            assert [name for name, _ in stages] == [other, "prompt_augmentation"]
 
     @pytest.mark.parametrize(("validation", "kinds"), [("dots", {"dots"}), ("random", {"dots", "free"})])
     def test_validation(self, short, validation, kinds):

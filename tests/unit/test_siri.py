@@ -197,6 +197,22 @@ class TestOutcomes:
         assert batch.scores.tolist() == [1, 0, 1]
         assert batch.correct.tolist() == [True, True, True]
 
+    def test_not_closing_is_never_rewarded(self):
+        batch = finished([4, 4, 4], [4, 9, 9], [1, 0, 0], uid=["1-1-0"] * 3, text=["a</think>5", "a 5", "</think>4"])
+        batch.rewards = 2 * batch.scores - 1
+        method(require_think_end=True).shape_rewards(FakeRun(), batch)
+        assert batch.scores.tolist() == [1, -1, -1]
+
+    def test_a_tag_that_is_not_in_decoded_text_is_refused(self, sentence):
+        run = FakeRun(config=OmegaConf.create({"data": {"max_response_length": 8}}))
+        prompts = Prompts([Prompt(0, {})])
+        method(require_think_end=True).prepare_prompts(run, prompts)
+        run.tokenizer.decode = lambda ids, skip_special_tokens: ""
+        method().prepare_prompts(run, prompts)
+        with pytest.raises(DataError) as error:
+            method(require_think_end=True).prepare_prompts(run, prompts)
+        sentence(error.value, "siri: '</think>'", "special token")
+
     def test_a_rollout_that_ignores_the_budget_is_noticed(self, sentence):
         batch = finished([4, 9], [4, 9], [1, 1])
         batch._source.fields["__max_tokens__"] = [4, 5]
