@@ -58,27 +58,6 @@ class TestGrpo:
         assert '"verl": "0.9' in (grpo.out / "versions.json").read_text()
 
 
-class TestMcGrpo:
-    """Recipe mc_grpo: three responses a prompt, the median one not trained on, KL to a reference in the loss."""
-
-    @pytest.fixture(scope="class")
-    def mc_grpo(self, out: Path) -> Training:
-        return train("mc_grpo", out / "mc_grpo", *SHORT, "trainer.total_training_steps=2")
-
-    def test_trains(self, mc_grpo: Training) -> None:
-        healthy(mc_grpo, 2)
-        for step in mc_grpo.steps:
-            found = ours(step, "mc_grpo")
-            assert (found["group_size_min"], found["pivots_dropped"]) == (3, PROMPTS)
-            assert 0 <= found["frac_mad_zero"] <= 1
-            assert found["abs_adv_max"] > 0
-
-    def test_the_reference_is_the_start(self, mc_grpo: Training) -> None:
-        first, second = (step["actor/kl_loss"] for step in mc_grpo.steps)
-        assert abs(first) < 1e-5
-        assert second > 1e-7
-
-
 class TestBnpo:
     """Recipes vade and bnpo combined, mode sync: chosen prompts, two parts of the reward normalised each alone."""
 
@@ -109,12 +88,24 @@ class TestAGrae:
             assert found["frac_solved_none"] == pytest.approx(step["health/all_wrong_groups"], abs=1e-6)
 
 
-class TestAdora:
-    """Recipes adora and mc_grpo combined, mode sync: the wrapper reads lengths of responses that are dropped, too."""
+class TestMcGrpoAndAdora:
+    """Recipes adora and mc_grpo combined, mode sync: adora reads lengths of responses that mc_grpo drops, too.
 
-    def test_trains(self, out: Path) -> None:
-        both = train("adora+mc_grpo", out / "adora_mc_grpo", *SHORT, "trainer.total_training_steps=2")
+    Three responses a prompt, the median one not trained on, KL to a reference in the loss.
+    """
+
+    @pytest.fixture(scope="class")
+    def both(self, out: Path) -> Training:
+        return train("adora+mc_grpo", out / "adora_mc_grpo", *SHORT, "trainer.total_training_steps=2")
+
+    def test_trains(self, both: Training) -> None:
         healthy(both, 2)
+        for step in both.steps:
+            found = ours(step, "mc_grpo")
+            assert (found["group_size_min"], found["pivots_dropped"]) == (3, PROMPTS)
+            assert 0 <= found["frac_mad_zero"] <= 1
+
+    def test_advantages_are_weighed_by_lengths(self, both: Training) -> None:
         for step in both.steps:
             found = ours(step, "adora")
             assert found["frac_tas"] + found["frac_tds"] == pytest.approx(1)
@@ -122,6 +113,11 @@ class TestAdora:
             assert found["weight_mean"] == pytest.approx(found["frac_tas"] + 0.1 * found["frac_tds"], abs=1e-5)
             assert step["critic/advantages/max"] <= ours(step, "mc_grpo")["abs_adv_max"] == pytest.approx(1000)
             assert {abs(round(step[f"critic/advantages/{end}"])) for end in ("min", "max")} <= {0, 100, 1000}
+
+    def test_the_reference_is_the_start(self, both: Training) -> None:
+        first, second = (step["actor/kl_loss"] for step in both.steps)
+        assert abs(first) < 1e-5
+        assert second > 1e-7
 
 
 class TestRiskpo:
