@@ -69,11 +69,12 @@ class TestTemplates:
 
     def test_shipped(self):
         assert len(read_templates(["default"])) == 13
-        found = read_templates(["deepseek"])
+        assert len(read_templates(["deepseek"])) == 34
+        found = read_templates(["deepseek", "deepseek_v8"])
         assert {"r1_strict_v8", "r1_strict_v8_teacher", "think_only_v9"} <= set(found)
         assert found["r1_strict_v8"].once[1:] == found["r1_strict_v8_teacher"].once
 
-    @pytest.mark.parametrize("family", ["default", "deepseek"])
+    @pytest.mark.parametrize("family", ["default", "deepseek", "deepseek_v8"])
     def test_a_prefilled_string_is_not_asked_for_again(self, family):
         for template in read_templates([family]).values():
             assert not template.prefill or template.prefill not in template.once
@@ -98,7 +99,7 @@ class TestTemplates:
     def test_missing_and_doubled(self, short, sentence):
         with pytest.raises(CompositionError) as error:
             read_templates(["qwen"])
-        sentence(error.value, "'qwen'", "deepseek, default")
+        sentence(error.value, "'qwen'", "deepseek, deepseek_v8, default")
         with pytest.raises(CompositionError) as error:
             read_templates([short, short])
         sentence(error.value, "'dots'", "is taken")

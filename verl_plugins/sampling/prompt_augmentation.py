@@ -123,7 +123,7 @@ class PromptAugmentation(Plugin):
     @dataclass
     class Config:
         templates: tuple[str, ...] = setting(
-            ("default",), "families (default, deepseek) and YAML files of templates", authors=("default",)
+            ("default",), "families (default, deepseek, deepseek_v8) and YAML files of templates", authors=("default",)
         )
         format_weight: float = setting(1.0, "weight of the format reward beside the verifier's", authors=1.0, ge=0)
         validation: str = setting("qwen-math", "template of validation prompts: a name, random or none", authors=RANDOM)
