@@ -42,7 +42,7 @@ class Scripted(Sage):
 
 @pytest.fixture(scope="module", params=["sync", "colocate_async"])
 def sage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Training:
-    """Two steps in each mode; nearly all sums of large digits fail at first."""
+    """Two steps in each mode; nearly all sums of large digits fail at first, and hardly any of the small ones."""
     folder = tmp_path_factory.mktemp("sage")
     (folder / "scripted.py").write_text(SCRIPTED)
     information = folder / "scripted-1.0.dist-info"
@@ -51,7 +51,7 @@ def sage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     (information / "entry_points.txt").write_text("[verl_plugins]\nscripted_sage = scripted:Scripted\n")
     rows = []
     for number in range(2 * PROMPTS):
-        a, b, c = 5 + number % 5, 5 + number // 7, number % 9
+        a, b, c = (5 + number % 5, 5 + number // 7, number % 9) if number % 4 else (1, 1, number % 5)
         rows.append({"question": f"{a}+{b}+{c}=", "answer": f"{a}+{b}+{c} is {a + b + c}.\n#### {a + b + c}"})
     (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
     done = CliRunner().invoke(app, ["data", "convert", f"{folder}/sums.jsonl", "--to", f"{folder}/train.parquet"])
