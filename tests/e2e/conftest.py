@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from training import Training, four_steps, train
+
+pytest.register_assert_rewrite("training", "resuming")
 
 HERE = Path(__file__).parent
 METADATA = "Metadata-Version: 2.1\nName: every-stage\nVersion: 1.0\n"
@@ -52,10 +53,3 @@ def third_party(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where run folders are made."""
     return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="session")
-def vade(out: Path) -> Training:
-    """Recipe vade, mode sync: four steps, checkpoints after the second and the fourth."""
-    folder = out / "vade"
-    return train("vade", folder, *four_steps(folder))

@@ -78,9 +78,11 @@ class TestSteerDcpoAndTheEntropyLaw:
 
 
 class TestEpo:
-    """Recipe epo, two updates a step, a narrow band and a large coefficient; one turn per response."""
+    """Recipe epo, two updates a step, a narrow band and a large coefficient; every second response has two turns."""
 
-    def test_trains(self, out: Path) -> None:
+    def test_sees_the_turns_of_an_agent(self, out: Path) -> None:
+        loops = out / "agent_loops.yaml"
+        loops.write_text("- name: two_turns\n  _target_: two_turns.TwoTurns\n")
         training = train(
             "epo",
             out / "epo",
@@ -89,52 +91,30 @@ class TestEpo:
             "trainer.save_freq=2",
             "actor_rollout_ref.actor.ppo_mini_batch_size=8",
             "actor_rollout_ref.actor.entropy_coeff=0.05",
-            "plugins.epo.min_ratio=0.8",
-            "plugins.epo.max_ratio=1.2",
-        )
-        healthy(training, 2)
-        entropies = []
-        for number, step in enumerate(training.steps):
-            found = ours(step, "epo")
-            entropies.append(found["entropy/turn_0"])
-            assert found["entropy/turn_0"] == pytest.approx(step["actor/entropy"], abs=1e-4)
-            assert found["history/turn_0"] == pytest.approx(sum(entropies) / len(entropies), abs=1e-6)
-            assert found["rows_at_gate"] == found["gate_open_share"] == 1
-            assert 0 < found["within_band_fraction"] < 0.6
-            assert found["phase_weight"] == pytest.approx(1 - 0.2 * (1 - math.exp(-2 * number / 75)))
-            assert step["plugins/loss_terms/epo_smooth"] == pytest.approx(0.05 * found["penalty"], rel=0.2)
-        saved = load_file(training.out / "global_step_2/plugins/arrays.safetensors")
-        assert saved["driver/epo/total"].tolist() == [pytest.approx(sum(entropies))]
-
-    def test_sees_the_turns_of_an_agent(self, out: Path) -> None:
-        """Every second response has two turns, with masked tokens between them."""
-        loops = out / "agent_loops.yaml"
-        loops.write_text("- name: two_turns\n  _target_: two_turns.TwoTurns\n")
-        training = train(
-            "epo",
-            out / "epo_two_turns",
-            *SHORT,
-            "trainer.total_training_steps=2",
-            "trainer.save_freq=2",
-            "actor_rollout_ref.actor.entropy_coeff=0.05",
             f"actor_rollout_ref.rollout.agent.agent_loop_config_path={loops}",
             "actor_rollout_ref.rollout.agent.default_agent_loop=two_turns",
             "plugins.epo.gate_turn=1",
             "plugins.epo.gate_scope=row",
-            "plugins.epo.max_ratio=0.5",
+            "plugins.epo.min_ratio=0.8",
+            "plugins.epo.max_ratio=1.2",
             site=Path(__file__).parent,
         )
         healthy(training, 2)
         found = [ours(step, "epo") for step in training.steps]
-        for number in (0, 1):
-            means = [step[f"entropy/turn_{number}"] for step in found]
-            assert min(means) > 0
-            assert found[1][f"history/turn_{number}"] == pytest.approx(sum(means) / 2, abs=1e-6)
-        assert found[0]["entropy/turn_0"] != pytest.approx(found[0]["entropy/turn_1"], abs=1e-3)
-        for step in found:
-            assert "entropy/turn_2" not in step
-            assert step["rows_at_gate"] == 0.5
-            assert step["gate_open_share"] == pytest.approx(0.5, abs=0.2)
-            assert step["penalty"] > 0
         saved = load_file(training.out / "global_step_2/plugins/arrays.safetensors")
         assert saved["driver/epo/reached"].tolist() == [2, 2]
+        for turn in (0, 1):
+            means = [step[f"entropy/turn_{turn}"] for step in found]
+            assert min(means) > 0
+            assert found[1][f"history/turn_{turn}"] == pytest.approx(sum(means) / 2, abs=1e-6)
+            assert saved["driver/epo/total"][turn].item() == pytest.approx(sum(means))
+        for number, (step, metrics) in enumerate(zip(found, training.steps, strict=True)):
+            first, second = step["entropy/turn_0"], step["entropy/turn_1"]
+            assert "entropy/turn_2" not in step
+            assert first != pytest.approx(second, abs=1e-3)
+            assert min(first, second) <= metrics["actor/entropy"] <= max(first, second)
+            assert step["rows_at_gate"] == 0.5
+            assert step["gate_open_share"] == pytest.approx(0.5, abs=0.2)
+            assert 0 < step["within_band_fraction"] < 0.6
+            assert step["phase_weight"] == pytest.approx(1 - 0.2 * (1 - math.exp(-2 * number / 75)))
+            assert metrics["plugins/loss_terms/epo_smooth"] == pytest.approx(0.05 * step["penalty"], rel=0.2)

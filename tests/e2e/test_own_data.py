@@ -1,4 +1,4 @@
-"""A user's file, converted, trains: its worked solutions and prompt ids reach a method."""
+"""What users bring trains: a converted file, the example's estimator, a scaffold's loss, a reader of solutions."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from packages import EXAMPLE, install
 from training import Training, train
 from typer.testing import CliRunner
 
 from verl_plugins.cli import app
+from verl_plugins.scaffold import create
 
 pytestmark = pytest.mark.e2e
 
@@ -51,8 +53,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A plugin that reads solutions, installed by someone else."""
-    folder = tmp_path_factory.mktemp("reader")
+    """Packages of others: the example, one that `verl-plugins new` has just written, and a reader of solutions."""
+    folder = tmp_path_factory.mktemp("site")
+    written = tmp_path_factory.mktemp("new")
+    create("doubtful", "policy_loss", written)
+    install(EXAMPLE, folder)
+    install(written / "doubtful", folder)
     (folder / "reader.py").write_text(READER)
     information = folder / "reader-1.0.dist-info"
     information.mkdir()
@@ -65,7 +71,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(data: Path, site: Path, out: Path) -> Training:
     files = (f"data.train_files={data}/train.parquet", f"data.val_files={data}/val.parquet")
     steps = ("trainer.total_training_steps=2", "trainer.val_before_train=false", "trainer.test_freq=2")
-    return train("grpo", out / "own_data", *files, *steps, "+plugins.reader={}", site=site)
+    plugins = ("+plugins.reader={}", "plugins.doubtful.gamma=2.0")
+    return train("rank_advantage+doubtful", out / "own_data", *files, *steps, *plugins, site=site)
 
 
 def test_two_steps(trained: Training) -> None:
@@ -73,6 +80,14 @@ def test_two_steps(trained: Training) -> None:
     for step in trained.steps:
         assert 0 < step["health/accuracy"] < 1
         assert step["actor/grad_norm"] > 0.01
+
+
+def test_an_estimator_and_a_loss_of_two_packages_train_together(trained: Training) -> None:
+    for step in trained.steps:
+        equal = 1 - step["health/mixed_groups"]
+        assert step["plugins/rank_advantage/zero_advantage_rows"] == pytest.approx(equal, abs=1e-6)
+        assert 0 < step["plugins/doubtful/weight_mean"] < 1
+        assert "plugins/grpo/zero_advantage_rows" not in step, "the estimator replaces grpo's"
 
 
 def test_a_method_reads_solution_and_prompt_id(trained: Training) -> None:
