@@ -478,7 +478,7 @@ def run(folder: Path, arguments: Sequence[str], steps: int, seed: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if not done.exists():
         recipe, *overrides = arguments
-        command = [sys.executable, "-m", "verl_plugins.cli", "run", recipe, *overrides, "--preset", "cpu"]
+        command = [sys.executable, "-m", "verl_plugins", "run", recipe, *overrides, "--preset", "cpu"]
         command += ["--out", str(folder), f"trainer.total_training_steps={steps}", "trainer.resume_mode=disable"]
         command += [f"trainer.{kind}_data_dir={folder / f'{kind}s'}" for kind in ("rollout", "validation")]
         command += [f"data.seed={seed}", f"actor_rollout_ref.rollout.seed={seed}"]

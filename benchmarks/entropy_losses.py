@@ -19,10 +19,10 @@ from verl.workers.config import ActorConfig
 
 from verl_plugins import Plugin, Tokens
 from verl_plugins.bridge.defaults import ActorDefaults
+from verl_plugins.composition.manager import Plugins
 from verl_plugins.entropy.dcpo import Dcpo
 from verl_plugins.entropy.epo import GATE, REFERENCE, Epo
 from verl_plugins.entropy.steer import LEAST, MOST, Steer
-from verl_plugins.manager import Plugins
 
 VARIANTS = {
     "steer, exp": Steer(Steer.Config()),

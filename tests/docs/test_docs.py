@@ -15,7 +15,8 @@ import torch
 from packages import EXAMPLE
 
 import verl_plugins
-from verl_plugins import hookspecs, manifest, recipe, testing
+from verl_plugins import hookspecs, testing
+from verl_plugins.composition import manifest, recipe
 from verl_plugins.services import Run
 from verl_plugins.testing import check
 

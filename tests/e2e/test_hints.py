@@ -8,7 +8,7 @@ import pytest
 from training import SHORT, Training, train
 from typer.testing import CliRunner
 
-from verl_plugins.cli import app
+from verl_plugins.commands.cli import app
 
 pytestmark = pytest.mark.e2e
 

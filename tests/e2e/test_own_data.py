@@ -10,8 +10,8 @@ from packages import EXAMPLE, install
 from training import Training, train
 from typer.testing import CliRunner
 
-from verl_plugins.cli import app
-from verl_plugins.scaffold import create
+from verl_plugins.commands.cli import app
+from verl_plugins.commands.scaffold import create
 
 pytestmark = pytest.mark.e2e
 

@@ -15,7 +15,7 @@ from verl_plugins.advantage.copo import (
     prompt_return,
 )
 from verl_plugins.bridge.defaults import ActorDefaults
-from verl_plugins.manager import Plugins
+from verl_plugins.composition.manager import Plugins
 
 GATES = {"soft-with-zero": "soft-with-zero", "only-soft": "soft"}
 

@@ -8,8 +8,8 @@ from fakes import FakeRun
 
 from verl_plugins import Batch
 from verl_plugins.bridge.defaults import ActorDefaults, DriverDefaults
+from verl_plugins.composition.manager import Plugins
 from verl_plugins.entropy.dcpo import Dcpo
-from verl_plugins.manager import Plugins
 
 OPTIONS = ("entropy_base", "temperature_high", "temperature_low", "alpha_cap", "score_threshold")
 

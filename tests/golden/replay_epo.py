@@ -5,8 +5,8 @@ from cases import Case, actor_config, aggregate, make_tokens
 
 from verl_plugins import Tokens
 from verl_plugins.bridge.defaults import ActorDefaults
+from verl_plugins.composition.manager import Plugins
 from verl_plugins.entropy.epo import GATE, REFERENCE, Epo, History, for_the_loss, left_padded, outside, phase_weight
-from verl_plugins.manager import Plugins
 
 FORMS = {"grad_log_prob": "indicator", "regularizer": "hinge", "entropy_mask": "mask_pg"}
 """An expected value that only a case of this form has; the last that is there decides."""

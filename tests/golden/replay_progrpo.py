@@ -7,7 +7,7 @@ from fakes import FakeRun
 from verl_plugins import Batch
 from verl_plugins.advantage.grpo import Grpo
 from verl_plugins.advantage.progrpo import ProGrpo, confidence
-from verl_plugins.manager import Plugins
+from verl_plugins.composition.manager import Plugins
 
 OPTIONS = ("alpha", "low_prob_ratio", "prompt_scope", "skip_all_correct")
 

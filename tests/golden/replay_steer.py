@@ -4,8 +4,8 @@ import torch
 from cases import Case, actor_config, aggregate, make_tokens
 
 from verl_plugins.bridge.defaults import ActorDefaults
+from verl_plugins.composition.manager import Plugins
 from verl_plugins.entropy.steer import Steer, entropy_change
-from verl_plugins.manager import Plugins
 
 NAMES = {
     "policy_loss/clip_fraction": "pg_clipfrac",

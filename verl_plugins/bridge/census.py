@@ -13,13 +13,13 @@ from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from typing import Any
 
-from verl_plugins import manager
+from verl_plugins.bridge import RUN_VARIABLE
+from verl_plugins.bridge.environment import DIGESTS_VARIABLE, of_this_run
+from verl_plugins.commands.doctor import ANSWER
+from verl_plugins.composition import manager
+from verl_plugins.composition.identity import Identity, difference, identify
+from verl_plugins.composition.manager import Plugins
 from verl_plugins.errors import CompositionError
-from verl_plugins.identity import Identity, difference, identify
-from verl_plugins.manager import Plugins
-
-DIGESTS_VARIABLE = "VERL_PLUGINS_DIGESTS"
-"""The driver's digests as JSON, in the environment of every process of the run."""
 
 
 def announce(section: Mapping[str, Any]) -> dict[str, str]:
@@ -84,12 +84,10 @@ def _cluster(address: str | None) -> Iterator[None]:
 
     Ray reads the token of its cluster when it is imported, so nothing here may do that before the node starts.
     """
-    from verl_plugins.bridge import launch
     from verl_plugins.cpu import head
 
-    os.environ[launch.RUN_VARIABLE] = "1"
-    environment = {"env_vars": {name: os.environ[name] for name in launch.VARIABLES if name in os.environ}}
-    options = {"runtime_env": environment, "log_to_driver": False, "logging_level": "ERROR"}
+    os.environ[RUN_VARIABLE] = "1"
+    options = {"runtime_env": {"env_vars": of_this_run()}, "log_to_driver": False, "logging_level": "ERROR"}
     address = address or os.environ.get("RAY_ADDRESS")
     node = nullcontext() if address else head.started(num_cpus=len(KINDS), num_gpus=0)
     with node as own:
@@ -103,7 +101,5 @@ def _cluster(address: str | None) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    from verl_plugins.doctor import ANSWER
-
     for answer in census(**json.loads(sys.argv[1])):
         print(ANSWER + json.dumps(answer), flush=True)

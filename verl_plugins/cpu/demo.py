@@ -24,8 +24,8 @@ CURVES = {
 def demo(out: Path) -> int:
     """Train, then summarise; returns the exit code."""
     from verl_plugins.bridge.launch import launch
-    from verl_plugins.compose import compose
-    from verl_plugins.needs import check
+    from verl_plugins.composition.compose import compose
+    from verl_plugins.composition.needs import check
 
     composed = compose(RECIPE, PRESET, ())
     check(composed)

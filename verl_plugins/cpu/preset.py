@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from verl_plugins.composition.cache import cache_folder
+from verl_plugins.composition.settings import typed
 from verl_plugins.cpu.model import ModelSettings
 from verl_plugins.cpu.task import TaskSettings
 from verl_plugins.cpu.warmup import WarmupSettings
 from verl_plugins.cpu.warmup import prepare as prepare_files
 from verl_plugins.errors import CompositionError
-from verl_plugins.settings import typed
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
-CACHE_VARIABLE = "VERL_PLUGINS_CACHE"
-
-
-def cache_folder() -> Path:
-    """Where models and tasks are kept: $VERL_PLUGINS_CACHE, or the user's cache folder."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get(CACHE_VARIABLE) or home / "verl_plugins")
 
 
 def prepare(config: DictConfig) -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from verl_plugins import Batch, CompositionError, DataError, Plugin, Prompt, Prompts, Run, hookimpl, setting
-from verl_plugins.settings import typed
+from verl_plugins.errors import nearest
 
 FAMILIES = Path(__file__).parent / "templates"
 SINGLE_TURN = "single_turn_agent"
@@ -71,8 +71,24 @@ def read_templates(sources: Sequence[str]) -> dict[str, Template]:
         for name, entry in entries.items():
             if name in found or name in (RANDOM, NONE):
                 raise CompositionError(f"{path}: the name of template {name!r} is taken; give it another")
-            found[str(name)] = typed(Template, entry, f"{path}: {name}")
+            found[str(name)] = _template(entry, f"{path}: {name}")
     return found
+
+
+def _template(entry: Any, where: str) -> Template:
+    """A template as a file writes it."""
+    if not isinstance(entry, Mapping):
+        raise CompositionError(f"{where} is {entry!r}: it must be a mapping, as in `mine: {{system: …}}`")
+    known = [field.name for field in fields(Template)]
+    for part, value in entry.items():
+        if part not in known:
+            raise CompositionError(f"{where}.{part} is no part of a template{nearest(str(part), known)}")
+        texts = value if part == "once" and isinstance(value, list) else [value]
+        if (part == "once") != isinstance(value, list) or not all(isinstance(text, str) for text in texts):
+            raise CompositionError(
+                f"{where}.{part} is {value!r}: it must be {'a list of texts' if part == 'once' else 'text'}"
+            )
+    return Template(**{**entry, "once": tuple(entry.get("once", ()))})
 
 
 def render(template: Template, messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:

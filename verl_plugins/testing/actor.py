@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from verl_plugins.bridge.defaults import ActorDefaults
+from verl_plugins.composition.manager import Plugins
 from verl_plugins.errors import DataError
-from verl_plugins.manager import Plugins
 from verl_plugins.plugin import Plugin
 from verl_plugins.testing.fakes import FakeActor
 from verl_plugins.testing.record import Recorder, StageFailed

@@ -37,13 +37,13 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from omegaconf import DictConfig
 
-from verl_plugins import manager, manifest
 from verl_plugins.bridge import checkpoint
+from verl_plugins.composition import manager, manifest
+from verl_plugins.composition.needs import NEEDS
+from verl_plugins.composition.settings import typed
 from verl_plugins.errors import CompositionError, PluginError, nearest
 from verl_plugins.hookspecs import PROJECT, STAGES
-from verl_plugins.needs import NEEDS
 from verl_plugins.plugin import Plugin
-from verl_plugins.settings import typed
 from verl_plugins.testing import golden as recorded
 from verl_plugins.testing.episode import Episode
 from verl_plugins.testing.record import Fault, StageFailed, differences, global_seed, same

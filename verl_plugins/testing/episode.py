@@ -14,9 +14,9 @@ from torch import Tensor
 from verl_plugins.advantage.grpo import grpo_advantage
 from verl_plugins.batch import Batch
 from verl_plugins.bridge.defaults import DriverDefaults, WorkerDefaults
+from verl_plugins.composition.manager import Plugins
 from verl_plugins.fields import TensorSource
 from verl_plugins.hookspecs import STAGES
-from verl_plugins.manager import Plugins
 from verl_plugins.plugin import Plugin
 from verl_plugins.services import Answer, Generated, Prompt, Prompts, Rollout, Verdict
 from verl_plugins.testing.actor import ActorPart

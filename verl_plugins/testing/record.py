@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from verl_plugins.batch import Batch
-from verl_plugins.manager import Plugins
+from verl_plugins.composition.manager import Plugins
 
 
 @dataclass(frozen=True)

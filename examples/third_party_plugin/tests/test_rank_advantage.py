@@ -35,6 +35,6 @@ def test_laws() -> None:
 
 
 def test_recipe() -> None:
-    command = [sys.executable, "-m", "verl_plugins.cli", "run", "grpo+rank_advantage", "--preset", "cpu", "--dry-run"]
+    command = [sys.executable, "-m", "verl_plugins", "run", "grpo+rank_advantage", "--preset", "cpu", "--dry-run"]
     plan = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "#   estimate_advantage: rank_advantage (implements), grpo (default)" in plan

@@ -1,0 +1,155 @@
+"""The installed command, started as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from verl_plugins.commands import cli
+
+COMMAND = Path(sys.executable).with_name("verl-plugins")
+RECIPES = {"grpo", "mc_grpo", "vade", "clip_cov"}
+
+
+def command(*args: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run([COMMAND, *args], capture_output=True, text=True, env={**os.environ, **env})
+
+
+def succeeds(*args: str) -> str:
+    done = command(*args)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def fails(sentence, parts: list[str], *args: str) -> None:
+    """Exit code 2, one line on standard error, nothing else."""
+    done = command(*args)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    sentence(done.stderr.strip(), *parts)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> list[str]:
+    """Overrides that satisfy the preset 1gpu."""
+    file = tmp_path / "data.parquet"
+    file.touch()
+    return [f"data.train_files={file}", f"data.val_files={file}"]
+
+
+class TestList:
+    def test_json_has_every_recipe_and_plugin(self) -> None:
+        found = json.loads(succeeds("list", "--json"))
+        ours = {item["name"] for item in found["recipes"] if item["distribution"] == "verl-plugins"}
+        assert ours >= RECIPES
+        assert {item["name"] for item in found["plugins"] if item["status"] == "ok"} >= RECIPES
+        assert {item["name"] for item in found["presets"]} >= {"cpu", "1gpu", "8gpu"}
+
+    def test_table(self) -> None:
+        text = succeeds("list")
+        for part in (*RECIPES, "arXiv:2511.18902", "select_prompts", "verl-plugins", "presets"):
+            assert part in text
+
+    def test_third_party_broken_and_duplicate_plugins_are_listed(self, site) -> None:
+        site.plugin("twice", distribution="one")
+        site.plugin("twice", distribution="two")
+        site.distribution("ghost", ghost="no_such_module:Method")
+        site.distribution("lost", recipes="no_such_module:RECIPES")
+        site.recipes("cookbook", stew="recipe: {title: Stew}", burnt="recipe: {titel: Stew}")
+        found = json.loads(succeeds("list", "--json"))
+        plugins = [(item["name"], item["status"]) for item in found["plugins"]]
+        assert plugins.count(("twice", "brought twice: one and two")) == 2
+        assert any(name == "ghost" and "no_such_module" in status for name, status in plugins)
+        recipes = {item["name"]: item["status"] for item in found["recipes"]}
+        assert recipes["stew"] == ""
+        assert "titel" in recipes["burnt"]
+        assert found["broken_folders"][0]["distribution"] == "lost"
+        assert "no_such_module" in succeeds("list")
+
+
+class TestShow:
+    def test_a_recipe_with_its_plugins(self) -> None:
+        text = succeeds("show", "vade")
+        for part in (
+            "recipe vade",
+            "plugins.vade.lambda_selected",
+            "authors",
+            "select_prompts",
+            "docs/recipes/vade.md",
+        ):
+            assert part in text
+
+    def test_a_preset(self) -> None:
+        text = succeeds("show", "1gpu")
+        assert "actor_rollout_ref.rollout.gpu_memory_utilization" in text
+
+    def test_json(self) -> None:
+        items = json.loads(succeeds("show", "clip_cov", "--json"))
+        kinds = {item["kind"] for item in items}
+        assert kinds == {"recipe", "plugin"}
+        plugin = next(item for item in items if item["kind"] == "plugin" and item["name"] == "clip_cov")
+        assert plugin["settings"][0].keys() >= {"setting", "default", "authors", "accepts", "doc"}
+
+    def test_unknown(self, sentence) -> None:
+        fails(sentence, ["'vadee'", "did you mean 'vade'?"], "show", "vadee")
+
+    def test_a_broken_recipe_says_why(self, site) -> None:
+        site.recipes("cookbook", burnt="recipe: {titel: Stew}")
+        assert "recipe.titel" in succeeds("show", "burnt")
+
+
+class TestRun:
+    def test_dry_run_prints_what_differs_and_the_stages(self, data) -> None:
+        adds = ["+actor_rollout_ref.model.override_config.a=1", "~trainer.v1.sampler", "++trainer.nnodes=3"]
+        text = succeeds("run", "vade+clip_cov", *adds, "--preset=1gpu", "--dry-run", *data)
+        assert text.startswith("# recipe vade+clip_cov, preset 1gpu\n")
+        for part in ("nnodes: 3", "      a: 1", "lambda_selected: 0.2", "#   policy_loss: clip_cov (implements)"):
+            assert part in text
+        assert "total_epochs" not in text
+
+    def test_dry_run_in_full(self, data) -> None:
+        assert "total_epochs: 30" in succeeds("run", "grpo", "--preset", "1gpu", "--dry-run", "--full", *data)
+
+    def test_mistakes_end_in_one_line(self, sentence) -> None:
+        fails(sentence, ["no recipe 'vadee'"], "run", "vadee")
+        fails(sentence, ["'trainer.nnodez'", "'trainer.nnodes=2'"], "run", "grpo", "trainer.nnodez=2")
+        fails(sentence, ["data.train_files has no value"], "run", "grpo", "--preset", "1gpu")
+
+    def test_the_launcher_gets_the_composed_run(self, data, monkeypatch, site) -> None:
+        body = "def start(composed, **options):\n    seen.append((composed, options))\n    return 7\n"
+        site.write("launcher.py", f"seen = []\n{body}")
+        import launcher
+
+        monkeypatch.setattr(cli, "LAUNCH", "launcher:start")
+        monkeypatch.setattr(sys, "argv", ["verl-plugins", "run", "grpo", "--preset", "1gpu", "--out", "there", *data])
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        composed, options = launcher.seen[0]
+        assert (done.value.code, composed.recipe, composed.preset) == (7, "grpo", "1gpu")
+        assert options == {"out": Path("there"), "verbose": False}
+
+    def test_an_interrupted_run_ends_with_130(self, monkeypatch, site) -> None:
+        site.write("launcher.py", "def start(out):\n    raise KeyboardInterrupt\n")
+        monkeypatch.setattr(cli, "DEMO", "launcher:start")
+        monkeypatch.setattr(sys, "argv", ["verl-plugins", "demo"])
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        assert done.value.code == 130
+
+
+@pytest.mark.parametrize("args", [["list"], ["list", "--json"], ["show", "vade"], ["show", "1gpu"], ["--help"]])
+def test_listing_and_describing_load_nothing_heavy(args: list[str]) -> None:
+    code = (
+        "import sys; from verl_plugins.commands.cli import app\n"
+        f"try: app({args!r})\nexcept SystemExit as done: assert not done.code\n"
+        "print(*sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"torch", "verl", "ray", "hydra", "omegaconf", "transformers", "numpy", "pydantic"}
+    assert not heavy & set(done.stderr.split())

@@ -1,0 +1,165 @@
+"""`verl-plugins compare`: which runs make a curve, what a curve is called, what is drawn."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from verl_plugins.commands.cli import app
+from verl_plugins.commands.compare import LAST, compare, curves, read_run, statistics, tokens_so_far
+from verl_plugins.errors import RunError
+
+STEPS = 8
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Any:
+    """Writes a run folder: accuracy rises from `start` by 0.01 a step; validated before and after."""
+
+    def run(
+        name: str,
+        start: float = 0.2,
+        seed: int = 1,
+        lr: float = 1e-4,
+        steps: int = STEPS,
+        tokens: float | None = None,
+        **plugins: Any,
+    ) -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        config = {
+            "plugins": {"math_verify": {"workers": 1}, **(plugins or {"grpo": {"scale": "std"}})},
+            "data": {"seed": seed},
+            "actor": {"optim": {"lr": lr}},
+            "trainer": {"default_local_dir": str(folder), "rollout_data_dir": str(folder / "rollouts")},
+        }
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        lines: list[dict[str, Any]] = [
+            {"step": step, "timing_s/step": 1.0, "health/accuracy": start + step / 100, "health/entropy_mean": 0.5}
+            for step in range(1, steps + 1)
+        ]
+        for line in lines if tokens else ():
+            line["rollout/tokens"] = tokens
+        lines.insert(0, {"step": 0, "validation": {"val-core/x/acc/mean@8": start, "val-aux/x/score/mean": 9.0}})
+        lines.append({"step": steps, "validation": {"val-core/x/acc/mean@8": start + 0.5}})
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return str(folder)
+
+    return run
+
+
+def test_seeds_of_one_configuration_are_one_curve(make) -> None:
+    runs = [read_run(folder) for folder in (make("a", seed=1), make("b", seed=2), make("c", steer={"map": "exp"}))]
+    found = curves(runs)
+    assert list(found) == ["grpo", "steer"]
+    assert [run.folder.name for run in found["grpo"]] == ["a", "b"]
+
+
+def test_what_differs_names_curves_of_the_same_plugins(make) -> None:
+    folders = [make("a"), make("b", lr=3e-4), make("c", grpo={"scale": "none"})]
+    assert list(curves([read_run(folder) for folder in folders])) == [
+        "grpo, lr=0.0001, scale=std",
+        "grpo, lr=0.0003, scale=std",
+        "grpo, lr=0.0001, scale=none",
+    ]
+
+
+def test_labels_join_runs_of_any_configuration(make) -> None:
+    runs = [read_run("ours=" + make("a")), read_run("ours=" + make("b", lr=1.0)), read_run(make("c"))]
+    assert {name: len(same) for name, same in curves(runs).items()} == {"ours": 2, "grpo": 1}
+
+
+def test_mean_and_spread_at_each_step(make) -> None:
+    runs = [read_run(make("a", start=0.2)), read_run(make("b", start=0.4, seed=2, steps=STEPS // 2))]
+    line = statistics(runs, "health/accuracy")
+    assert line["mean"].tolist() == pytest.approx([0.3 + s / 100 for s in range(1, 5)] + [0.25, 0.26, 0.27, 0.28])
+    assert line["std"].tolist() == pytest.approx([0.02**0.5] * 4 + [0] * 4)
+    assert statistics(runs, "validation").loc[0, "mean"] == pytest.approx(0.3)
+
+
+def test_by_tokens_runs_are_read_at_the_same_cost(make) -> None:
+    runs = [read_run(make("a", tokens=100.0)), read_run(make("b", start=0.4, seed=2, tokens=200.0))]
+    assert tokens_so_far(runs[0]).tolist() == [100.0 * step for step in range(STEPS + 1)]
+    line = statistics(runs, "health/accuracy", "tokens")
+    assert line.index.tolist() == [100.0 * step for step in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)]
+    assert line.loc[100.0, "mean"] == pytest.approx(0.21), "the second run has not begun"
+    assert line.loc[500.0, "mean"] == pytest.approx((0.25 + 0.425) / 2)
+    assert line.loc[1000.0, "mean"] == pytest.approx(0.45), "the first run has ended"
+    held_out = statistics(runs, "validation", "tokens")
+    assert held_out["mean"].tolist() == pytest.approx([0.3, (0.7 + 0.65) / 2, 0.9])
+    assert held_out.index.tolist() == [0.0, 800.0, 1600.0]
+
+
+def test_by_tokens_a_running_training_and_one_without_tokens(make, tmp_path: Path, sentence) -> None:
+    folder = make("a", tokens=100.0)
+    with (Path(folder) / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": STEPS + 1, "validation": {"val-core/x/acc/mean@8": 0.9}}) + "\n")
+    assert statistics([read_run(folder)], "validation", "tokens").index.tolist() == [0.0, 800.0]
+    with (Path(folder) / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": STEPS + 1, "health/accuracy": 0.5}) + "\n")
+    for bad in (folder, make("old")):
+        with pytest.raises(RunError) as error:
+            compare([bad], tmp_path / "out", by="tokens")
+        sentence(error.value, "--by tokens", "rollout/tokens", bad, "train it again with this version")
+    with pytest.raises(RunError) as error:
+        compare([folder], tmp_path / "out", by="token")
+    sentence(error.value, "--by token", "steps or tokens", "did you mean 'tokens'")
+
+
+def test_by_tokens_the_table_is_still_that_of_the_last_steps(make, tmp_path: Path) -> None:
+    arguments = ["compare", make("a", tokens=100.0), "--out", str(tmp_path / "out"), "--by", "tokens"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    text = (tmp_path / "out/index.html").read_text()
+    assert "tokens generated so far" in text
+    mean = 0.2 + sum(range(STEPS - LAST + 1, STEPS + 1)) / LAST / 100
+    assert f"<td>{mean:.3f} ± 0.000</td>" in text
+
+
+def test_a_step_that_was_run_again_counts_once(make) -> None:
+    folder = make("a")
+    with (Path(folder) / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 3, "timing_s/step": 1.0, "health/accuracy": 0.9}) + "\n" + '{"step": 4, "he')
+    assert read_run(folder).steps.loc[3, "health/accuracy"] == 0.9
+    assert read_run(folder).steps.loc[4, "health/accuracy"] == pytest.approx(0.24)
+
+
+def test_picture_and_page(make, tmp_path: Path) -> None:
+    folders = [make("a"), make("b", seed=2, start=0.4), make("c", steer={"map": "<exp>"}), make("d", steer={"map": 1})]
+    picture, page = compare(folders, tmp_path / "out")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    text = page.read_text()
+    assert "steer, map=&lt;exp&gt;" in text and "<exp>" not in text
+    assert text.count("<svg") == 1
+    assert not re.search(r"(src|href)=['\"]?https?:|@import|<script", text)
+    mean = 0.3 + sum(range(STEPS - LAST + 1, STEPS + 1)) / LAST / 100
+    assert f"<td>{mean:.3f} ± {0.02**0.5:.3f}</td>" in text
+    assert "reward" not in text
+
+
+def test_command(make, tmp_path: Path) -> None:
+    arguments = ["compare", make("a"), make("b", lr=1.0), "--out", str(tmp_path / "out"), "--metric", "timing_s/step"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0
+    assert done.output.split() == [str(tmp_path / "out" / name) for name in ("curves.png", "index.html")]
+    assert "timing_s/step" in (tmp_path / "out/index.html").read_text()
+
+
+def test_what_is_no_run_is_refused(make, tmp_path: Path, sentence) -> None:
+    with pytest.raises(RunError) as error:
+        read_run(str(tmp_path / "nothing"))
+    sentence(error.value, "nothing has no metrics.jsonl", "--out FOLDER")
+    folder = Path(make("a"))
+    (folder / "metrics.jsonl").write_text("")
+    with pytest.raises(RunError) as error:
+        read_run(str(folder))
+    sentence(error.value, "has no step yet", "wait")
+    with pytest.raises(RunError) as error:
+        compare([make("b")], tmp_path / "out", ["health/acuracy"])
+    sentence(error.value, "--metric health/acuracy", "did you mean 'health/accuracy'")

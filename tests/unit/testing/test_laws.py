@@ -1,0 +1,129 @@
+"""Every plugin of this package keeps the laws that `check_plugin` holds third parties to.
+
+A law that a method breaks on purpose stands here with the reason.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from verl_plugins.composition import manifest
+from verl_plugins.testing import Scenario, check_plugin
+
+OURS = sorted(
+    entry.name
+    for entry in manifest.entries()
+    if entry.dist and entry.dist.name == "verl-plugins" and not manifest.is_recipes(entry)
+)
+FIRST = {"row_order.select_rows": "of several responses at the median the first is the pivot, as in the authors' code"}
+TIES = "where all advantages are equal so are the covariances, and any of the tokens may be the largest"
+BY_CHANCE = "as in the authors' code, candidates are numbered in row order and drawn by number"
+PER_CALL = "as in the authors' code, means, counts and draws are per micro-batch; scope: batch does without"
+TRUST_REGION = "as in the authors' code, the drift that is penalised is the mean of the micro-batch"
+SUMS_PER_ROW = Scenario(overrides={"actor_rollout_ref.actor.loss_agg_mode": "seq-mean-token-sum"})
+WITH_BONUS = Scenario(overrides={"actor_rollout_ref.actor.entropy_coeff": 0.001})
+SOLVED = Scenario(
+    columns={"extra_info": lambda prompt_id: {"solution": f"{prompt_id} and 7 more"}},
+    overrides={"data.max_prompt_length": 2048},
+)
+SECOND_EPOCH = Scenario(overrides={"data.train_batch_size": 48}, seed=5)
+"""Every step is an epoch of its own, so that prompts are reflected on; with this seed answers are replayed, too."""
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "grpo": [{"config": {"scale": "none"}}],
+    "mc_grpo": [
+        {"except_for": FIRST},
+        {"except_for": FIRST, "config": {"scale": "std", "rescale_nonzero": True, "advantage_clip": 2.0}},
+    ],
+    "bnpo": [{}, {"config": {"components": ["acc", "score"]}}],
+    "a_grae": [{}, {"config": {"variant": "code", "scale": "none"}}, {"config": {"correctness_key": "acc"}}],
+    "adora": [
+        {},
+        {"config": {"variant": "vlm", "correct_score": 0.5, "max_length_threshold": 8}},
+        {"config": {"variant": "paper_llm"}},
+    ],
+    "riskpo": [
+        {"config": {"bundle_size": 2}},
+        {"config": {"quantiles": "batch", "credit": "std", "natural_baseline_adv": True}},
+        {"config": {"quantiles": "mix", "mean_baseline": True, "credit": "score"}},
+    ],
+    "vade": [{}, {"config": {"mode": "greedy", "score": "variance"}}, {"config": {"metric": "acc"}}],
+    "mopps": [{}, {"config": {"strategy": "threshold", "pool_ratio": 2, "decay": 0.5}}, {"config": {"metric": "acc"}}],
+    "clip_cov": [
+        {
+            "config": {"clip_cov_ratio": 0.1, "clip_cov_lb": 0.01},
+            "except_for": {"row_order.policy_loss": BY_CHANCE, "micro_batches.policy_loss": PER_CALL},
+        },
+        {
+            "config": {"clip_cov_ratio": 0.1, "clip_cov_lb": 0.01, "scope": "batch"},
+            "except_for": {"row_order.observe": BY_CHANCE},
+        },
+    ],
+    "kl_cov": [
+        {
+            "config": {"kl_cov_ratio": 0.1},
+            "except_for": {
+                "row_order.policy_loss": TIES,
+                "padding.policy_loss": TIES,
+                "micro_batches.policy_loss": PER_CALL,
+            },
+        },
+        {"config": {"kl_cov_ratio": 0.1, "scope": "batch"}},
+    ],
+    "steer": [
+        {"except_for": {"micro_batches.policy_loss": PER_CALL}},
+        {"config": {"map": "linear"}, "except_for": {"micro_batches.policy_loss": PER_CALL}},
+        {"config": {"scope": "batch"}},
+        {"config": {"map": "linear", "scope": "batch"}},
+    ],
+    "dcpo": [{}, {"config": {"entropy_source": "previous_mc", "entropy_base": 0.5}}],
+    "epo": [
+        {"scenario": WITH_BONUS, "config": {"schedule": "constant", "max_ratio": 1.2}},
+        {"scenario": WITH_BONUS, "config": {"smooth_mode": "sequence", "gate_scope": "row", "gate_turn": 0}},
+        {
+            "scenario": WITH_BONUS,
+            "config": {"smooth_form": "indicator", "history": "left_padded", "min_ratio": 0.8, "max_ratio": 1.2},
+            "except_for": {"gradient.loss_terms": "the authors' form has no gradient"},
+        },
+        {"config": {"smooth_form": "mask_pg", "max_ratio": 1.2, "schedule": "exp"}},
+    ],
+    "r3": [
+        {"scenario": SECOND_EPOCH},
+        {"scenario": SECOND_EPOCH, "config": {"old_log_probs": "stored", "rank_set": "all_failed", "alpha": 2.0}},
+        {"scenario": SECOND_EPOCH, "config": {"mix": "append", "strategy": "random", "capacity": 1}},
+    ],
+    "sage": [
+        {"scenario": SOLVED, "config": {"hint_max_tokens": 64}},
+        {"scenario": SOLVED, "config": {"hint_max_tokens": 64, "variant": "sage-light"}},
+    ],
+    "entropy_law": [{"scenario": Scenario(overrides={"trainer.test_freq": 1}), "config": {"min_points": 2}}],
+    "progrpo": [{}, {"config": {"prompt_scope": "low", "skip_all_correct": True}}],
+    "copo": [{}, {"config": {"form": "two_losses", "gate": "soft", "reward_coefficient": True}}],
+    "drpo": [
+        {"scenario": SUMS_PER_ROW, "except_for": {"micro_batches.policy_loss": TRUST_REGION}},
+        {"scenario": SUMS_PER_ROW, "config": {"beta": 0.0}},
+        {"scenario": SUMS_PER_ROW, "config": {"beta": 0.0, "negatives": "old"}},
+        {
+            "scenario": SUMS_PER_ROW,
+            "config": {"beta": 0.0, "negatives": "exact"},
+            "except_for": {
+                "row_order.estimate_advantage": "groups are numbered as they come",
+                "micro_batches.policy_loss": "negatives: exact sums over the rows in the micro-batch; current does not",
+            },
+        },
+    ],
+}
+"""What `check_plugin` is called with; a plugin without an entry: nothing."""
+CASES = [(name, options) for name in OURS for options in VARIANTS.get(name, [{}])]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), CASES, ids=[f"{name}-{options.get('config', '')}" for name, options in CASES]
+)
+def test_laws(name: str, options: dict[str, Any]) -> None:
+    check_plugin(name, **options)
+
+
+def test_variants_are_of_installed_plugins() -> None:
+    assert VARIANTS.keys() <= set(OURS)

@@ -1,0 +1,86 @@
+"""Which rows and which of their fields the workers get: the part of the trainer between driver, queue and workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transfer_queue as tq
+from transfer_queue import KVBatchMeta
+
+from verl_plugins.batch import Batch
+from verl_plugins.bridge.queue import QueueSource, write_fields
+
+FORWARD_FIELDS = ("input_ids", "position_ids", "loss_mask", "routed_experts", "multi_modal_inputs")
+LOSS_FIELDS = ("prompts", "responses", "response_mask", "old_log_probs", "advantages", "ref_log_prob")
+LOSS_FIELDS += ("rollout_is_weights", "teacher_ids", "teacher_logprobs")
+STEP_FIELDS = ("entropy", "returns", "values", "rollout_log_probs")
+"""What verl's engine and loss read; columns that do not exist in a run are left out."""
+
+
+class SendsRows:
+    """Mixed into one of verl's trainers; expects `plugins`, `needs` and `clock`."""
+
+    @contextmanager
+    def _group_size(self) -> Iterator[None]:
+        """verl sizes mini-batches as prompts times `rollout.n`; a prompt may have fewer rows now, or more."""
+        rollout = self.config.actor_rollout_ref.rollout
+        before = rollout.n
+        rollout.n = self._rows_per_prompt or before
+        try:
+            yield
+        finally:
+            rollout.n = before
+
+    def _open(self, keys: Sequence[str], known: dict[str, Any] | None = None, full: Batch | None = None) -> Batch:
+        source = QueueSource(keys, "train", known)
+        budget = self.config.data.max_response_length
+        return Batch(source, tokenizer=self.tokenizer, budget=budget, full=full)
+
+    def _store(self, meta: KVBatchMeta, batch: Batch) -> KVBatchMeta:
+        """Ship the fields plugins have put, for all rows of `meta`."""
+        mask = tq.kv_batch_get(keys=meta.keys, partition_id=meta.partition_id, select_fields=["response_mask"])
+        fields, batch.written = batch.written, {}
+        self._shipped |= fields.keys()
+        place = {key: row for row, key in enumerate(meta.keys)}
+        rows = torch.tensor([place[key] for key in batch.keys])
+        stored = write_fields(meta, rows, fields, mask["response_mask"])
+        stored.tags, stored.extra_info = meta.tags, meta.extra_info
+        return stored
+
+    def _for_workers(self, batch: KVBatchMeta, *fields: str) -> KVBatchMeta:
+        """Send workers what a forward pass reads, the given fields, and what plugins put or declare in `needs`.
+
+        The other columns (messages, dataset rows, …) cost more to send than all of these together.
+        """
+        wanted = {*FORWARD_FIELDS, *fields, *self._shipped, *(self.needs & {*self._columns_of(batch), *STEP_FIELDS})}
+        if self.processor is None:
+            wanted.discard("multi_modal_inputs")
+        batch.fields = sorted(wanted & {*self._columns, *(batch.fields or [])})
+        return batch
+
+    def _columns_of(self, batch: KVBatchMeta) -> set[str]:
+        """What the rows have when they come from the rollout; the same in every step."""
+        if not self._columns:
+            self._columns = set(tq.kv_batch_get(keys=batch.keys[:1], partition_id=batch.partition_id).keys())
+        return self._columns
+
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        batch = super()._compute_old_log_prob(self._for_workers(batch), metrics)
+        if "prompt_log_probs" in self.needs:
+            self._read_prompt_log_probs(batch)
+        return batch
+
+    def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        return super()._compute_ref_log_prob(self._for_workers(batch), metrics)
+
+    def _read_prompt_log_probs(self, batch: KVBatchMeta) -> None:
+        """Keep the prompts' log-probs: verl overwrites the field when it scores the reference policy."""
+        fields = ["log_probs", "prompts"]
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        lengths = data["prompts"].offsets().diff() - 1
+        padded = data["log_probs"].to_padded_tensor(0)[:, : int(lengths.max())]
+        values = torch.where(torch.arange(padded.shape[1]) < lengths[:, None], padded, 0.0)
+        self._prompt_log_probs = dict(zip(batch.keys, values, strict=True))

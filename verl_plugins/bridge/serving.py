@@ -1,0 +1,54 @@
+"""Rollout servers between steps: who answers, and when; the part of the trainer behind `run.generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from verl_plugins.cpu.registration import ROLLOUT_NAME
+
+
+class ServesRollouts:
+    """Mixed into one of verl's trainers."""
+
+    _awake = False
+
+    def get_llm_client(self) -> Any:
+        """verl's client; a single server of ours is asked directly instead of through a load balancer."""
+        client = super().get_llm_client()
+        servers = self.llm_server_manager.server_handles
+        if self.config.actor_rollout_ref.rollout.name != ROLLOUT_NAME or len(servers) != 1:
+            return client
+        from verl_plugins.cpu.client import CLIENTS
+
+        return self.llm_server_manager.get_client(client_cls=CLIENTS[type(client)], server=servers[0])
+
+    def on_init_end(self) -> None:
+        super().on_init_end()
+        self._awake = True
+
+    def on_sample_end(self) -> None:
+        super().on_sample_end()
+        self._awake = False
+
+    def on_step_end(self) -> None:
+        super().on_step_end()
+        self._awake = True
+
+    @contextmanager
+    def awake_replicas(self) -> Iterator[None]:
+        """Rollout servers that answer, with the current weights, also while the actor is being trained."""
+        if self._awake:
+            yield
+            return
+        interrupted = self.trainer_mode != "sync"
+        self.checkpoint_manager.update_weights(self.global_steps)
+        if interrupted:
+            self.checkpoint_manager.resume_generation_replicas()
+        try:
+            yield
+        finally:
+            if interrupted:
+                self.checkpoint_manager.abort_replicas()
+            self.checkpoint_manager.sleep_replicas()

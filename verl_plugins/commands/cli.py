@@ -1,0 +1,205 @@
+"""The command `verl-plugins`: each sub-command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from verl_plugins.data.command import app as data
+from verl_plugins.errors import PluginError
+
+LAUNCH = "verl_plugins.bridge.launch:launch"
+DEMO = "verl_plugins.cpu.demo:demo"
+
+Json = Annotated[bool, typer.Option("--json", help="Print plain data instead of tables.")]
+Out = Annotated[Optional[Path], typer.Option(help="Folder of the run; a run found there is resumed.")]  # noqa: UP045
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE[+RECIPE…]", help="One recipe, or several that fit together.")
+]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Argument(metavar="[key=value | +key=value | ~key]…", help="Settings of verl or of plugins, as in Hydra."),
+]
+Preset = Annotated[Optional[str], typer.Option(help="Hardware, model and data, as in --preset cpu.")]  # noqa: UP045
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Compose, check, print what differs from verl's defaults, stop.")
+]
+Full = Annotated[bool, typer.Option("--full", help="With --dry-run: print every key of the configuration.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show the output of every process.")]
+
+app = typer.Typer(
+    help="Recent RL methods for language models, inside verl's own trainer.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(data, name="data")
+
+
+def main() -> None:
+    """The console script: one line for an error of composition or data (exit code 2), 130 when interrupted."""
+    try:
+        app()
+    except PluginError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"verl-plugins {version('verl-plugins')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Recent RL methods for language models, inside verl's own trainer."""
+
+
+@app.command("list")
+def list_(as_json: Json = False) -> None:
+    """Every recipe, plugin and preset installed, with paper, stages and status."""
+    from verl_plugins.commands import display
+    from verl_plugins.composition import manifest, recipe
+
+    installed = manifest.entries()
+    folders = manifest.folders(installed)
+    data = display.overview(recipe.recipes(folders), recipe.presets(folders), manifest.manifests(installed), folders)
+    if as_json:
+        _print_json(data)
+    else:
+        display.print_overview(data)
+
+
+@app.command()
+def show(name: str, as_json: Json = False) -> None:
+    """What a recipe, plugin or preset does: idea, settings, the authors' settings, needs, stages."""
+    from verl_plugins.commands import display
+    from verl_plugins.composition import manifest, recipe
+
+    installed = manifest.entries()
+    folders = manifest.folders(installed)
+    items = display.details(name, recipe.recipes(folders), recipe.presets(folders), manifest.manifests(installed))
+    if as_json:
+        _print_json([display.plain(item) for item in items])
+    else:
+        display.print_details(items)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    preset: Preset = None,
+    out: Out = None,
+    dry_run: DryRun = False,
+    full: Full = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train with one recipe, or with several that fit together."""
+    from verl_plugins.composition.compose import compose
+    from verl_plugins.composition.needs import check
+
+    composed = compose(recipe, preset, overrides or ())
+    plugins = check(composed)
+    if dry_run:
+        from verl_plugins.composition.plan import plan
+
+        typer.echo(plan(composed, plugins, full=full), nl=False)
+    else:
+        _start(LAUNCH, composed, out=out or _folder(composed.recipe), verbose=verbose)
+
+
+@app.command()
+def demo(out: Out = None) -> None:
+    """Train a tiny model on this machine's CPU and show what happened."""
+    _start(DEMO, out=out or _folder("demo"))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="[LABEL=]FOLDER…", help="Run folders.")],
+    out: Annotated[Path, typer.Option(help="Folder for curves.png and index.html.")] = Path("comparison"),
+    metric: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="KEY", help="Draw this metric, too; may be repeated."),
+    ] = None,
+    by: Annotated[
+        str, typer.Option(metavar="steps|tokens", help="Draw over steps, or over tokens generated.")
+    ] = "steps",
+) -> None:
+    """Draw accuracy, reward, entropy and length of several runs; seeds of one configuration become one band."""
+    from verl_plugins.commands.compare import compare as draw
+
+    for file in draw(runs, out, metric or (), by):
+        typer.echo(file)
+
+
+@app.command()
+def doctor(
+    ray: Annotated[bool, typer.Option("--ray", help="Start a worker of each kind on each node and compare.")] = False,
+    address: Annotated[Optional[str], typer.Option(help="With --ray: a running cluster.")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> None:
+    """What works on this machine, and the command that mends what does not."""
+    from verl_plugins.commands.doctor import BROKEN, examine, plain, print_report
+
+    findings = examine(ray, address)
+    if as_json:
+        listed = [plain(finding) for finding in findings]
+        _print_json(listed)
+        sys.exit(int(any(one["state"] == BROKEN for one in listed)))
+    sys.exit(print_report(findings))
+
+
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="Of the plugin, its recipe and its package, as in my_method.")],
+    stage: Annotated[str, typer.Option(help="estimate_advantage or policy_loss.")] = "estimate_advantage",
+    folder: Annotated[Path, typer.Option("--dir", help="Where the package is written.")] = Path("."),
+) -> None:
+    """Write a package of your own, one plugin and one recipe: it trains and passes its tests as it is."""
+    from verl_plugins.commands.scaffold import create
+
+    for file in create(name, stage, folder):
+        typer.echo(file)
+    typer.echo(f"\npip install -e {folder / name}\nverl-plugins run {name} --preset cpu")
+
+
+def _start(target: str, *args: Any, **options: Any) -> None:
+    """Import `module:function`, call it, and exit with the code it returns."""
+    from importlib import import_module
+
+    module, _, name = target.partition(":")
+    function: Callable[..., int] = getattr(import_module(module), name)
+    try:
+        code = function(*args, **options)
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+def _folder(name: str) -> Path:
+    from datetime import datetime
+
+    return Path("outputs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _print_json(data: Any) -> None:
+    import json
+
+    typer.echo(json.dumps(data, indent=1, default=str))
+
+
+if __name__ == "__main__":
+    main()

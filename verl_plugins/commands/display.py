@@ -1,0 +1,190 @@
+"""What `list` and `show` print: tables for people, plain data for `--json`. Loads neither torch nor verl nor Hydra."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, asdict
+from typing import Any
+
+from verl_plugins.composition.manifest import Folder, Manifest, Setting
+from verl_plugins.composition.recipe import Preset, Recipe, leaves
+from verl_plugins.errors import CompositionError, nearest
+
+OWN_DISTRIBUTION = "verl-plugins"
+_BOUND = {"ge": "≥ {}", "gt": "> {}", "le": "≤ {}", "lt": "< {}", "choices": "{}"}
+
+
+def overview(
+    recipes: Sequence[Recipe], presets: Sequence[Preset], plugins: Sequence[Manifest], folders: Sequence[Folder]
+) -> dict[str, list[dict[str, Any]]]:
+    """Everything installed, as plain data."""
+    broken = [folder for folder in folders if folder.broken]
+    return {
+        "recipes": [_recipe_row(item, _status(item, recipes)) for item in recipes],
+        "plugins": [_plugin_row(item, _status(item, plugins)) for item in plugins],
+        "presets": [_preset_row(item, _status(item, presets)) for item in presets],
+        "broken_folders": [{"distribution": folder.distribution, "status": folder.broken} for folder in broken],
+    }
+
+
+def _recipe_row(item: Recipe, fault: str) -> dict[str, Any]:
+    return {
+        "name": item.name,
+        "title": item.title,
+        "paper": f"arXiv:{item.arxiv}" if item.arxiv else "",
+        "stages": item.stages,
+        "plugins": list(item.plugins),
+        "distribution": item.distribution,
+        "status": fault or item.status,
+    }
+
+
+def _plugin_row(item: Manifest, fault: str) -> dict[str, Any]:
+    return {
+        "name": item.name,
+        "idea": item.idea,
+        "paper": item.paper,
+        "stages": [f"{hook.stage} ({hook.kind})" for hook in item.hooks],
+        "distribution": item.distribution,
+        "version": item.distribution_version,
+        "status": fault or "ok",
+    }
+
+
+def _preset_row(item: Preset, fault: str) -> dict[str, Any]:
+    return {"name": item.name, "title": item.title, "distribution": item.distribution, "status": fault or "ok"}
+
+
+def print_overview(data: dict[str, list[dict[str, Any]]]) -> None:
+    """Tables of recipes, plugins and presets."""
+    _table("recipes", ["name", "title", "paper", "stages", "distribution", "status"], data["recipes"])
+    _table("plugins", ["name", "paper", "stages", "distribution", "status"], data["plugins"])
+    _table("presets", ["name", "title", "distribution", "status"], data["presets"])
+    for folder in data["broken_folders"]:
+        print(f"recipes of {folder['distribution']} cannot be read: {folder['status']}")
+
+
+def details(
+    name: str, recipes: Sequence[Recipe], presets: Sequence[Preset], plugins: Sequence[Manifest]
+) -> list[Recipe | Preset | Manifest]:
+    """What is called `name`; of a recipe, the plugins it switches on too."""
+    found: list[Any] = [item for item in recipes if item.name == name]
+    switched = {plugin for recipe in found for plugin in recipe.plugins}
+    found += [item for item in presets if item.name == name]
+    found += [item for item in plugins if item.name == name or item.name in switched]
+    if not found:
+        known = {item.name for item in (*recipes, *presets, *plugins)}
+        raise CompositionError(f"there is no recipe, preset or plugin {name!r}{nearest(name, known)}")
+    return found
+
+
+def print_details(items: Iterable[Recipe | Preset | Manifest]) -> None:
+    """One section per item."""
+    for item in items:
+        if isinstance(item, Manifest):
+            _print_plugin(item)
+        else:
+            _print_file(item)
+        print()
+
+
+def plain(item: Recipe | Preset | Manifest) -> dict[str, Any]:
+    """An item as data for `--json`."""
+    data = asdict(item)
+    data["kind"] = {Recipe: "recipe", Preset: "preset", Manifest: "plugin"}[type(item)]
+    if isinstance(item, Manifest):
+        data["needs"] = sorted(item.needs)
+        data["settings"] = [_row(setting) for setting in item.settings]
+    else:
+        data["file"] = str(item.file)
+    return data
+
+
+def _print_file(item: Recipe | Preset) -> None:
+    kind = "recipe" if isinstance(item, Recipe) else "preset"
+    _heading(kind, item.name, item.title)
+    if item.broken:
+        print(f"  broken: {item.broken}")
+        return
+    print(f"  {item.summary}")
+    if isinstance(item, Recipe):
+        about = {"paper": f"arXiv:{item.arxiv}" if item.arxiv else "", "stages": ", ".join(item.stages)}
+        about |= {"plugins": ", ".join(item.plugins), "results": item.results, "status": item.status}
+        own = item.distribution == OWN_DISTRIBUTION
+        about |= {"page": f"docs/recipes/{item.name}.md" if own else "", "file": str(item.file)}
+    else:
+        about = {"based on": f"preset {item.base}" if item.base else "", "requires": ", ".join(item.requires)}
+        about |= {"environment": ", ".join(f"{key}={value}" for key, value in item.env.items())}
+        about |= {"prepare": item.prepare, "file": str(item.file)}
+    _pairs(about)
+    if isinstance(item, Recipe) and item.authors:
+        _table("authors' settings", ["what", "value"], [{"what": k, "value": v} for k, v in item.authors.items()])
+    rows = [{"key": key, "value": value} for key, value in _flat(item.overrides)]
+    _table("verl settings", ["key", "value"], rows)
+
+
+def _print_plugin(item: Manifest) -> None:
+    _heading("plugin", item.name, f"{item.distribution} {item.distribution_version}")
+    if item.broken:
+        print(f"  broken: {item.broken}")
+        return
+    print(f"  {item.idea}")
+    stages = ", ".join(f"{hook.stage} ({hook.kind})" for hook in item.hooks)
+    _pairs({"paper": item.paper, "stages": stages, "needs": ", ".join(sorted(item.needs)), "verl": item.verl})
+    rows = [{**_row(setting), "setting": f"plugins.{item.name}.{setting.name}"} for setting in item.settings]
+    _table("settings", ["setting", "default", "authors", "accepts", "doc"], rows)
+
+
+def _row(setting: Setting) -> dict[str, Any]:
+    row = {"setting": setting.name, "type": setting.type, "doc": setting.doc, "accepts": _accepts(setting)}
+    given = {"default": setting.default, "authors": setting.authors}
+    return row | {key: "" if value is MISSING else value for key, value in given.items()}
+
+
+def _accepts(setting: Setting) -> str:
+    if choices := setting.bounds.get("choices"):
+        return " | ".join(map(str, choices))
+    return " ".join([setting.type, *(_BOUND[key].format(value) for key, value in setting.bounds.items())])
+
+
+def _status(item: Recipe | Preset | Manifest, among: Sequence[Recipe | Preset | Manifest]) -> str:
+    """Why an item cannot be used, or ''."""
+    if Counter(other.name for other in among)[item.name] > 1:
+        owners = sorted({other.distribution for other in among if other.name == item.name})
+        return f"brought twice: {' and '.join(owners)}"
+    return f"broken: {item.broken}" if item.broken else ""
+
+
+def _flat(tree: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(".".join(path), value) for path, value in leaves(tree)]
+
+
+def _heading(kind: str, name: str, title: str) -> None:
+    print(f"{kind} {name}: {title}" if title else f"{kind} {name}")
+
+
+def _pairs(about: dict[str, str]) -> None:
+    for key, value in about.items():
+        if value:
+            print(f"  {key}: {value}")
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    if not rows:
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, no_wrap=column in ("name", "setting"), overflow="fold")
+    for row in rows:
+        table.add_row(*[_text(row[column]) for column in columns])
+    Console(width=None if sys.stdout.isatty() else 140, markup=False, highlight=False).print(table)
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

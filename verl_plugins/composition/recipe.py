@@ -1,0 +1,275 @@
+"""Recipes and presets: YAML files found through entry points, described, and combined.
+
+A recipe has the root keys `recipe` (what it is), `plugins` (what it switches on) and verl overrides, nested as in
+verl's configuration. A preset (in the folder `presets` beside the recipes) has `preset` instead of `recipe`, and may
+have a section `cpu` of its own. A key written `+key` is added where verl's configuration does not have it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from verl_plugins.composition.manifest import Folder
+from verl_plugins.errors import CompositionError, nearest
+from verl_plugins.hookspecs import STAGES
+
+RECIPE_KEYS = ("title", "arxiv", "summary", "stages", "results", "status", "authors")
+PRESET_KEYS = ("title", "summary", "base", "requires", "env", "prepare")
+Path_ = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One recipe file."""
+
+    name: str
+    file: Path
+    distribution: str
+    title: str = ""
+    arxiv: str = ""
+    summary: str = ""
+    stages: list[str] = field(default_factory=list)
+    results: str = ""
+    status: str = ""
+    authors: dict[str, Any] = field(default_factory=dict)
+    """What the authors trained with and the recipe leaves to the user: model, data, batch sizes, learning rate."""
+    plugins: dict[str, dict[str, Any]] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """verl settings, nested."""
+    broken: str = ""
+
+
+@dataclass(frozen=True)
+class Combination:
+    """Recipes that fit together."""
+
+    parts: tuple[Recipe, ...]
+    plugins: dict[str, dict[str, Any]]
+    """United settings, in the order the plugins act."""
+
+    @property
+    def name(self) -> str:
+        """As on the command line: `vade+clip_cov`."""
+        return "+".join(part.name for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One preset file: hardware, model and data."""
+
+    name: str
+    file: Path
+    distribution: str
+    title: str = ""
+    summary: str = ""
+    base: str = ""
+    """The preset that this one changes."""
+    requires: dict[str, str] = field(default_factory=dict)
+    """Packages that must be installed, each with what to tell pip to get it."""
+    env: dict[str, str] = field(default_factory=dict)
+    """Environment variables the run starts with."""
+    prepare: str = ""
+    """`module:function` that makes model and data before the first run."""
+    plugins: dict[str, dict[str, Any]] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)
+    broken: str = ""
+
+
+Item = TypeVar("Item", Recipe, Preset)
+
+
+def recipes(folders: Iterable[Folder]) -> list[Recipe]:
+    """Every installed recipe, duplicates and broken ones included, by name."""
+    found = [_recipe(path, owner) for path, owner in _files(folders, "*.yaml")]
+    return sorted(found, key=lambda recipe: (recipe.name, recipe.distribution))
+
+
+def presets(folders: Iterable[Folder]) -> list[Preset]:
+    """Every installed preset, by name."""
+    found = [_preset(path, owner) for path, owner in _files(folders, "presets/*.yaml")]
+    return sorted(found, key=lambda preset: (preset.name, preset.distribution))
+
+
+def preset_chain(name: str, folders: Iterable[Folder]) -> list[Preset]:
+    """The one usable preset called `name`, after the presets it is based on; what it requires must be installed."""
+    known = presets(folders)
+    chain = [_one("preset", name, known)]
+    while base := chain[0].base:
+        if base in {preset.name for preset in chain}:
+            raise CompositionError(f"{chain[0].file}: preset.base is {base!r}, which is based on this preset")
+        chain.insert(0, _one("preset", base, known))
+    for preset in chain:
+        for package, wanted in preset.requires.items():
+            if not _is_installed(package):
+                raise CompositionError(
+                    f"preset {preset.name!r} needs {package}, which is not installed: pip install '{wanted}'"
+                )
+    return chain
+
+
+def combine(names: Sequence[str], folders: Iterable[Folder], decided: Collection[str] = ()) -> Combination:
+    """Several recipes as one: plugins united in the order given, equal keys must agree unless decided elsewhere."""
+    known = recipes(folders)
+    parts = tuple(_one("recipe", name, known) for name in dict.fromkeys(names))
+    plugins: dict[str, Any] = {}
+    seen: dict[Path_, tuple[Any, Recipe]] = {}
+    for part in parts:
+        for path, value in leaves({"plugins": part.plugins, **part.overrides}):
+            if _key(path) not in decided:
+                _agree(path, value, part, seen)
+        for path, value in leaves(part.plugins):
+            put(plugins, path, value)
+    return Combination(parts, plugins)
+
+
+def leaves(tree: Mapping[str, Any], above: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
+    """(path, value) of everything that is not a mapping with keys."""
+    for key, value in tree.items():
+        path = (*above, str(key))
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, path)
+        else:
+            yield path, value
+
+
+def put(tree: dict[str, Any], path: Path_, value: Any) -> None:
+    """Set a leaf of a nested mapping; an empty mapping never replaces a filled one."""
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    if value == {} and isinstance(value, dict):
+        tree.setdefault(path[-1], {})
+    else:
+        tree[path[-1]] = value
+
+
+def _agree(path: Path_, value: Any, part: Recipe, seen: dict[Path_, tuple[Any, Recipe]]) -> None:
+    if value == {} and isinstance(value, dict):
+        return
+    before, other = seen.setdefault(path, (value, part))
+    if before != value or type(before) is not type(value):
+        raise CompositionError(
+            f"recipes {other.name} and {part.name} disagree on {_key(path)}: {_written(before)} and {_written(value)}; "
+            f"say which it is, as in {_key(path)}={_written(before)}"
+        )
+
+
+def _key(path: Path_) -> str:
+    return ".".join(key.removeprefix("+") for key in path)
+
+
+def _written(value: Any) -> str:
+    """A value as the command line takes it."""
+    return json.dumps(value) if value is None or isinstance(value, (bool, list, dict)) else str(value)
+
+
+def _one(kind: str, name: str, known: Sequence[Item]) -> Item:
+    found = [item for item in known if item.name == name]
+    if not found:
+        raise CompositionError(f"there is no {kind} {name!r}{nearest(name, {item.name for item in known})}")
+    if len(found) > 1:
+        owners = " and ".join(f"{item.distribution} ({item.file})" for item in found)
+        raise CompositionError(f"{kind} {name!r} is brought by {owners}: uninstall one of them")
+    if found[0].broken:
+        raise CompositionError(found[0].broken)
+    return found[0]
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _files(folders: Iterable[Folder], pattern: str) -> list[tuple[Path, str]]:
+    usable = [folder for folder in folders if not folder.broken]
+    return [(path, folder.distribution) for folder in usable for path in sorted(folder.path.glob(pattern))]
+
+
+def _recipe(path: Path, owner: str) -> Recipe:
+    try:
+        tree = _read(path)
+        about = _about(tree, "recipe", RECIPE_KEYS, path)
+        plugins = _plugins(tree.pop("plugins", None) or {}, path)
+        if unknown := [stage for stage in about.get("stages", []) if stage not in STAGES]:
+            raise CompositionError(f"{path}: recipe.stages has {unknown[0]!r}{nearest(unknown[0], STAGES)}")
+        about["arxiv"] = str(about.get("arxiv", ""))
+        return Recipe(path.stem, path, owner, **about, plugins=plugins, overrides=tree)
+    except CompositionError as error:
+        return Recipe(path.stem, path, owner, broken=str(error))
+
+
+def _preset(path: Path, owner: str) -> Preset:
+    try:
+        tree = _read(path)
+        about = _about(tree, "preset", PRESET_KEYS, path)
+        for key in ("env", "requires"):
+            about[key] = _texts(about.get(key) or {}, f"{path}: preset.{key}")
+        plugins = _plugins(tree.pop("plugins", None) or {}, path)
+        if not re.fullmatch(r"([\w.]+:\w+)?", about.get("prepare", "")):
+            raise CompositionError(f"{path}: preset.prepare is {about['prepare']!r}: it must be 'module:function'")
+        return Preset(path.stem, path, owner, **about, plugins=plugins, overrides=tree)
+    except CompositionError as error:
+        return Preset(path.stem, path, owner, broken=str(error))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = _Loader(path.read_text(encoding="utf-8")).get_single_data()
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CompositionError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise CompositionError(f"{path}: the file must be a mapping")
+    return tree
+
+
+def _about(tree: dict[str, Any], root: str, known: Sequence[str], path: Path) -> dict[str, Any]:
+    about = tree.pop(root, None)
+    if not isinstance(about, dict):
+        raise CompositionError(f"{path}: the root key {root!r} is missing or not a mapping")
+    for key in about:
+        if key not in known:
+            raise CompositionError(f"{path}: {root}.{key} is not a key{nearest(str(key), known)}")
+    return about
+
+
+def _plugins(section: Any, path: Path) -> dict[str, dict[str, Any]]:
+    if not isinstance(section, dict):
+        raise CompositionError(f"{path}: plugins must be a mapping of plugin name to settings")
+    for name, settings in section.items():
+        if not isinstance(settings or {}, dict):
+            raise CompositionError(f"{path}: plugins.{name} is {settings!r}: it must be a mapping of settings")
+    return {name: settings or {} for name, settings in section.items()}
+
+
+def _texts(section: Any, where: str) -> dict[str, str]:
+    if not isinstance(section, dict):
+        raise CompositionError(f"{where} must be a mapping of names to texts")
+    for name, value in section.items():
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise CompositionError(f"{where}.{name} is {value!r}: it must be text or a number")
+    return {name: str(value) for name, value in section.items()}
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    """YAML as verl's own files are read: `1e-6` is a number, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
