@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,11 @@ import torch
 from torch import Tensor
 
 from verl_plugins.errors import DataError
+
+
+def row_number(key: str) -> int:
+    """A positive number of 63 bits for the key of a row: who the row is, in the loss."""
+    return (int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1) | 1
 
 
 class Tokens:
@@ -33,7 +39,7 @@ class Tokens:
         mini_batch: int = 0,
         micro_batch: int = 0,
         seed: int = 0,
-        rank: int = 0,
+        rows: Sequence[int] | None = None,
         owner: str = "",
     ) -> None:
         self.log_probs = log_probs
@@ -49,7 +55,8 @@ class Tokens:
         self.config = config
         """verl's actor settings: clip_ratio_low, clip_ratio_high, clip_ratio_c, loss_agg_mode, …"""
         self.step, self.mini_batch, self.micro_batch = step, mini_batch, micro_batch
-        self._extra, self._log, self._seed, self._rank, self._owner = extra, log, seed, rank, owner
+        self._extra, self._log, self._seed, self._owner = extra, log, seed, owner
+        self._rows = [micro_batch] if rows is None else sorted(row for row in rows if row)  # 0 in padding rows
 
     def scoped(self, owner: str) -> Tokens:
         """The same tokens in the hands of plugin `owner`: its metrics and random numbers are its own."""
@@ -64,13 +71,19 @@ class Tokens:
         return self._extra(name)
 
     def log(self, metrics: Mapping[str, float], reduce: str = "mean") -> None:
-        """Add metrics as `plugins/<plugin>/<key>`; `reduce` over micro-batches and ranks: mean, sum, min or max."""
+        """Add metrics as `plugins/<plugin>/<key>`; `reduce` over micro-batches and ranks: mean, sum, min or max.
+
+        A key need not be logged by every micro-batch and rank: the mean is that of the values there are. Over the
+        mini-batches of a step, min and max stay what they are, means and sums are averaged.
+        """
         if self._log is not None:
             self._log(self._owner, metrics, reduce)
 
     def rng(self, name: str = "") -> torch.Generator:
-        """A CPU generator of its own for (seed, step, mini-batch, micro-batch, rank, plugin, name)."""
-        entropy = [self._seed, self.step, self.mini_batch, self.micro_batch, self._rank]
-        entropy += list(f"{self._owner}/{name}".encode())
+        """A CPU generator of its own for (seed, step, mini-batch, rows of the micro-batch, plugin, name).
+
+        Every process that holds these rows (tensor, sequence and pipeline parallel ranks) draws the same from it.
+        """
+        entropy = [self._seed, self.step, self.mini_batch, *self._rows, *f"{self._owner}/{name}".encode()]
         seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
         return torch.Generator().manual_seed(seed)

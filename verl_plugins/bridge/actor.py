@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from tensordict import TensorDict
 from verl.single_controller.base.decorator import Dispatch, register
+from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.device import get_device_name
 from verl.utils.metric import Metric
@@ -15,9 +17,10 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from verl_plugins.bridge import census
 from verl_plugins.bridge.defaults import ActorDefaults
-from verl_plugins.bridge.loss import PluginLoss
+from verl_plugins.bridge.joined import JoinedMetrics
+from verl_plugins.bridge.loss import LOSS_STAGES, STEP_KEY, PluginLoss
 
-STAGES = ("policy_loss", "loss_terms", "optimizer_step")
+STAGES = (*LOSS_STAGES, "optimizer_step")
 
 
 class PluginActorWorker(ActorRolloutRefWorker):
@@ -36,8 +39,9 @@ class PluginActorWorker(ActorRolloutRefWorker):
         """Build this process's plugins and put them into loss and optimiser step; once, after `init_model`."""
         plugins = census.build(section, f"actor worker {torch.distributed.get_rank()}")
         engine = self.actor.engine
-        loss = PluginLoss(plugins, omega_conf_to_dataclass(self.config.actor), seed, torch.distributed.get_rank())
-        actor = EngineActor(engine, loss)
+        metrics = JoinedMetrics()
+        loss = PluginLoss(plugins, omega_conf_to_dataclass(self.config.actor), seed, metrics)
+        actor = EngineActor(engine, loss, metrics)
         self.plugins = plugins
         if not any(plugins.implements(stage) for stage in STAGES):
             return
@@ -45,6 +49,7 @@ class PluginActorWorker(ActorRolloutRefWorker):
         self.actor.set_loss_fn(loss)
         engine.optimizer_step = actor.optimizer_step
         engine.train_batch = partial(actor.train_batch, engine.train_batch)
+        self.actor.train_mini_batch = partial(actor.train_mini_batch, self.actor.train_mini_batch)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def plugin_state(self) -> dict[str, dict[str, Any]]:
@@ -62,9 +67,8 @@ class PluginActorWorker(ActorRolloutRefWorker):
 class EngineActor:
     """The actor as `optimizer_step` sees it (`verl_plugins.services.Actor`)."""
 
-    def __init__(self, engine: Any, loss: PluginLoss) -> None:
-        self._engine, self._loss = engine, loss
-        self._metrics: dict[str, float] = {}
+    def __init__(self, engine: Any, loss: PluginLoss, metrics: JoinedMetrics) -> None:
+        self._engine, self._loss, self._metrics = engine, loss, metrics
         self._owner = ""
 
     @property
@@ -90,7 +94,8 @@ class EngineActor:
         return other
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        self._metrics.update({f"plugins/{self._owner}/{key}": float(value) for key, value in metrics.items()})
+        for key, value in metrics.items():
+            self._metrics.add(f"plugins/{self._owner}/{key}", value, "mean")
 
     def optimizer_step(self) -> float:
         """What the engine calls: the stage, whose last implementation is the engine's own step."""
@@ -98,10 +103,24 @@ class EngineActor:
         self._loss.next_mini_batch()
         return grad_norm
 
-    def train_batch(self, train_batch: Callable[..., dict], *args: Any, **kwargs: Any) -> dict:
-        """The engine's mini-batch, its metrics joined by what the optimiser step logged."""
-        output = train_batch(*args, **kwargs)
-        if output is not None:
-            output["metrics"].update({name: Metric("mean", value) for name, value in self._metrics.items()})
-        self._metrics.clear()
+    def train_batch(self, train_batch: Callable[..., dict], data: TensorDict, *args: Any, **kwargs: Any) -> dict:
+        """The engine's mini-batch; every rank enters, also pipeline stages that never call the loss."""
+        self._loss.enter_step(int(tu.get_non_tensor_data(data, key=STEP_KEY, default=0)))
+        output = train_batch(data, *args, **kwargs)
+        self._metrics.close_mini_batch(self._engine.get_data_parallel_group())
         return output
+
+    def train_mini_batch(self, train_mini_batch: Callable[..., TensorDict | None], data: TensorDict) -> Any:
+        """The worker's whole update; its metrics, where this rank reports any, joined by those of the plugins."""
+        output = train_mini_batch(data=data)
+        own = {key: _metric(reduce, values) for key, (reduce, values) in self._metrics.take().items()}
+        if output is not None and own:
+            tu.assign_non_tensor(output, metrics={**tu.get(output, "metrics"), **own})
+        return output
+
+
+def _metric(reduce: str, values: Sequence[float]) -> Metric:
+    """verl's container, which the driver reduces."""
+    metric = Metric(reduce)
+    metric.extend(list(values))
+    return metric

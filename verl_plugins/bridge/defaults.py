@@ -6,7 +6,7 @@ Wrappers then work on top of verl's estimators and loss as well.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -57,6 +57,10 @@ LOG_RATIO_LIMIT = 20.0
 """verl clamps the log of pi / pi_old to this range, outside of which there is no gradient."""
 
 
+DEFAULT_LOSS = "policy_loss"
+"""Whose metrics those of `clipped_loss` are."""
+
+
 class RatioLoss(torch.autograd.Function):
     """Losses whose gradient by the log-probs is `weight` times pi / pi_old: no graph of [rows,T] buffers is kept."""
 
@@ -75,8 +79,7 @@ class RatioLoss(torch.autograd.Function):
 def clipped_loss(tokens: Tokens) -> Tensor:
     """[rows,T] PPO's dual-clipped loss per token, as verl's `vanilla` before aggregation."""
     config, weight = tokens.config, -tokens.advantages
-    low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
-    high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high
+    low, high = _clip_range(config)
     log_ratio = (tokens.log_probs - tokens.old_log_probs).clamp_(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = log_ratio.exp()
     plain = weight * ratio
@@ -92,10 +95,28 @@ def clipped_loss(tokens: Tokens) -> Tensor:
     up, both, kl = changed.sum(), changed.abs_().sum(), -(log_ratio * mask).sum()
     # One transfer from the device for all of them.
     up, both, kl, distance = torch.stack([up / count, both / count, kl / count, distance]).tolist()
-    tokens.scoped("policy_loss").log(
-        {"clip_fraction": (both + up) / 2, "dual_clip_fraction": (both - up) / 2, "kl": kl}
-    )
+    tokens.scoped(DEFAULT_LOSS).log({"clip_fraction": (both + up) / 2, "dual_clip_fraction": (both - up) / 2, "kl": kl})
     if distance >= LOG_RATIO_LIMIT:
         weight *= log_ratio.abs() < LOG_RATIO_LIMIT
     with torch.enable_grad():
         return RatioLoss.apply(tokens.log_probs, losses, weight, ratio)
+
+
+@torch.no_grad()
+def clip_metrics(tokens: Tokens) -> dict[str, float]:
+    """What `clipped_loss` would log of these tokens: where another loss is in its place, how far the policy is."""
+    config, mask, advantages = tokens.config, tokens.response_mask, tokens.advantages
+    low, high = _clip_range(config)
+    log_ratio = (tokens.log_probs - tokens.old_log_probs).clamp_(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    ratio, count = log_ratio.exp(), mask.sum().clamp(min=1)
+    beyond = torch.where(advantages > 0, ratio > 1 + high, (ratio < 1 - low) & (advantages < 0))
+    dual = (advantages < 0) & (ratio.clamp(min=1 - low) > config.get("clip_ratio_c", 3.0))
+    shares = [(beyond & mask).sum(), (dual & mask).sum(), -(log_ratio * mask).sum()]
+    clipped, dual, kl = (torch.stack([share.double() for share in shares]) / count).tolist()
+    return {"clip_fraction": clipped, "dual_clip_fraction": dual, "kl": kl}
+
+
+def _clip_range(config: Any) -> tuple[float, float]:
+    low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
+    high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high
+    return low, high

@@ -17,6 +17,7 @@ from verl.trainer.ppo.v1 import trainer_base
 
 from verl_plugins.batch import Batch
 from verl_plugins.bridge.additions import store_additions
+from verl_plugins.bridge.loss import LOSS_STAGES, ROW_FIELD
 from verl_plugins.bridge.queue import is_padding
 from verl_plugins.bridge.rollout import METRICS_FIELD
 from verl_plugins.bridge.rows import MAX_TOKENS, ROLLOUT_N
@@ -24,6 +25,7 @@ from verl_plugins.bridge.sending import SendsRows
 from verl_plugins.diagnostics.budget import rollout_budget
 from verl_plugins.diagnostics.health import group_health, policy_health, reward_parts, signal_health
 from verl_plugins.errors import DataError
+from verl_plugins.tokens import row_number
 
 HEALTH_FIELDS = ("responses", "verdict", "rollout_log_probs", "extra_fields", ROLLOUT_N, MAX_TOKENS)
 """What nothing but the metrics of every step reads; columns that do not exist in a run are left out."""
@@ -75,6 +77,8 @@ class EstimatesAdvantage(SendsRows):
 
     def _observe(self, batch: KVBatchMeta) -> KVBatchMeta:
         self.plugins.hook.observe(run=self.run, batch=self._batch)
+        if any(self.plugins.implements(stage) for stage in LOSS_STAGES):
+            self._batch.put(ROW_FIELD, torch.tensor([row_number(key) for key in self._batch.keys]))
         if self._batch.written:
             batch = self._store(batch, self._batch)
         fields = [name for name in HEALTH_FIELDS if name in self._columns_of(batch)]
@@ -95,7 +99,9 @@ class EstimatesAdvantage(SendsRows):
             return self._estimate_by_stage(original, data, batch_keys, kwargs)
 
     def _estimate_by_stage(self, original: Any, data: Any, batch_keys: list[str], kwargs: dict[str, Any]) -> Any:
-        rows = torch.tensor([row for row, key in enumerate(batch_keys) if not is_padding(key)])
+        # By key: stages see the same order on any number of ranks, over which verl's balancing spreads the rows.
+        real = [row for row, key in enumerate(batch_keys) if not is_padding(key)]
+        rows = torch.tensor(sorted(real, key=lambda row: _row_order(batch_keys[row])))
         keys = [batch_keys[row] for row in rows.tolist()]
         known = {name: values[rows] for name, values in data.batch.items()}
         known["rm_scores"] = known.pop("token_level_rewards")

@@ -9,67 +9,80 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, agg_loss
-from verl.utils import tensordict_utils as tu
-from verl.utils.metric import AggregationType, Metric
+from verl.utils.metric import Metric
 from verl.workers.config import ActorConfig
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
+from verl_plugins.bridge.defaults import DEFAULT_LOSS, clip_metrics
+from verl_plugins.bridge.joined import JoinedMetrics
 from verl_plugins.composition.manager import Plugins
 from verl_plugins.errors import DataError
 from verl_plugins.tokens import Tokens
 
 LOSS_NAME = "verl_plugins"
+LOSS_STAGES = ("policy_loss", "loss_terms")
 STEP_KEY = "verl_plugins_step"
 """Under this key the driver sends the training step along with the batch."""
+CLIP_METRICS = {
+    "actor/pg_clipfrac": "clip_fraction",
+    "actor/pg_clipfrac_lower": "dual_clip_fraction",
+    "actor/ppo_kl": "kl",
+}
+"""verl's names, which stay whatever loss is in place."""
+ROW_FIELD = "verl_plugins_row"
+"""Field of the queue with a number for each row's key: who a row is, wherever it is computed."""
 
 
 class PluginLoss:
     """Called by verl's engine for every micro-batch, in the place of `ppo_loss`."""
 
-    def __init__(self, plugins: Plugins, config: ActorConfig, seed: int, rank: int) -> None:
+    def __init__(self, plugins: Plugins, config: ActorConfig, seed: int, metrics: JoinedMetrics) -> None:
         self.plugins, self.config = plugins, config
-        self._seed, self._rank = seed, rank
+        self._seed, self._metrics = seed, metrics
         self.step = self.mini_batch = self.micro_batch = 0
-        self._metrics: dict[str, Metric] = {}
         self._data: TensorDict | None = None
         self._entropy: Tensor | None = None
         self._tokens: Tokens | None = None
+        self._clipped: dict[str, float] = {}
         if plugins.implements("policy_loss"):
             POLICY_LOSS_REGISTRY[LOSS_NAME] = self._policy_loss
             object.__setattr__(config.policy_loss, "loss_mode", LOSS_NAME)
 
-    def __call__(self, model_output: dict[str, Tensor], data: TensorDict, dp_group: Any = None):
-        self._enter(data, model_output.get("entropy"))
+    def __call__(
+        self, model_output: dict[str, Tensor], data: TensorDict, dp_group: Any = None
+    ) -> tuple[Tensor, dict[str, Metric]]:
+        self._data, self._tokens, entropy = data, None, model_output.get("entropy")
+        self._entropy = None if entropy is None else no_padding_2_padding(entropy, data)
         loss, metrics = ppo_loss(config=self.config, model_output=model_output, data=data, dp_group=dp_group)
         if self.plugins.implements("loss_terms"):
             loss = loss + self._terms(model_output)
         self.micro_batch += 1
-        return loss, metrics | self._metrics
+        return loss, metrics
+
+    def enter_step(self, step: int) -> None:
+        """A mini-batch of training step `step` begins."""
+        if step != self.step:
+            self.step, self.mini_batch, self.micro_batch = step, 0, 0
 
     def next_mini_batch(self) -> None:
         """The optimiser has stepped."""
         self.mini_batch += 1
         self.micro_batch = 0
 
-    def _enter(self, data: TensorDict, entropy: Tensor | None) -> None:
-        step = int(tu.get_non_tensor_data(data, key=STEP_KEY, default=0))
-        if step != self.step:
-            self.step, self.mini_batch, self.micro_batch = step, 0, 0
-        self._data, self._metrics, self._tokens = data, {}, None
-        self._entropy = None if entropy is None else no_padding_2_padding(entropy, data)
-
     def _policy_loss(
         self, old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights=None
     ):
         """verl's signature of a policy loss: aggregates what the stage returns per token."""
-        tokens = self._build_tokens(log_prob, old_log_prob, advantages, response_mask)
+        tokens, self._clipped = self._build_tokens(log_prob, old_log_prob, advantages, response_mask), {}
         losses = _checked(self.plugins.hook.policy_loss(tokens=tokens), tokens, "policy_loss")
         if rollout_is_weights is not None:
             losses = losses * rollout_is_weights
-        return agg_loss(
+        loss = agg_loss(
             loss_mat=losses, loss_mask=tokens.response_mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info
-        ), {}
+        )
+        clipped = self._clipped or clip_metrics(tokens)
+        return loss, {name: clipped[key] for name, key in CLIP_METRICS.items()}
 
     def _terms(self, model_output: dict[str, Tensor]) -> Tensor:
         tokens = self._tokens or self._tokens_for_terms(model_output)
@@ -82,7 +95,9 @@ class PluginLoss:
                     loss_agg_mode=self.config.loss_agg_mode,
                     **self.config.global_batch_info,
                 )
-                self._metrics[f"plugins/loss_terms/{name}"] = Metric(AggregationType.SUM, value.detach())
+                # verl scales losses by the number of ranks, over which gradients are averaged.
+                share = value.detach() / self.config.global_batch_info["dp_size"]
+                self._metrics.add(f"plugins/loss_terms/{name}", share, "sum")
                 total = total + value
         return total
 
@@ -107,7 +122,7 @@ class PluginLoss:
             mini_batch=self.mini_batch,
             micro_batch=self.micro_batch,
             seed=self._seed,
-            rank=self._rank,
+            rows=None if ROW_FIELD not in self._data else self._data[ROW_FIELD].tolist(),
         )
         return self._tokens
 
@@ -126,8 +141,11 @@ class PluginLoss:
         return value.to_padded_tensor(0, output_size=(len(responses), int(responses.max())))
 
     def _log(self, owner: str, metrics: Mapping[str, float], reduce: str) -> None:
+        if owner == DEFAULT_LOSS:
+            self._clipped = dict(metrics)
+            return
         for key, value in metrics.items():
-            self._metrics[f"plugins/{owner}/{key}"] = Metric(reduce, value)
+            self._metrics.add(f"plugins/{owner}/{key}", value, reduce)
 
 
 def _checked(values: Tensor, tokens: Tokens, stage: str) -> Tensor:

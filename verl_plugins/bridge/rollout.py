@@ -25,6 +25,7 @@ from verl_plugins.bridge import census
 from verl_plugins.bridge.defaults import WorkerDefaults
 from verl_plugins.bridge.queue import prompt_id_of
 from verl_plugins.bridge.rows import MAX_TOKENS, PREFILL, ROLLOUT_N, Publisher, RewardBatcher, Row, session_rows
+from verl_plugins.bridge.serving import seed_name
 from verl_plugins.diagnostics.budget import ACCOUNT_FIELD, Account
 from verl_plugins.errors import DataError
 from verl_plugins.services import Generated, Prompt, Rollout
@@ -63,6 +64,7 @@ class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
         super().__init__(*args, **kwargs)
         self.plugins = census.build(OmegaConf.to_container(self.config.plugins), "agent-loop worker")
         self._seeded = self._seeds_requests()
+        self.seed_name = seed_name(self.rollout_config.name)
         self._has_group_control = self.plugins.implements("rollout_group")
         self.plugins.add_fallback(WorkerDefaults())
         self._scorer = RewardBatcher(self.reward_loop_worker_handles)
@@ -231,7 +233,7 @@ class _Group:
         first, self._asked = self._asked, self._asked + n
 
         async def one(number: int) -> Generated:
-            own = {"seed": self._seed(number, ASIDE)} if self._worker._seeded else {}
+            own = {self._worker.seed_name: self._seed(number, ASIDE)} if self._worker._seeded else {}
             output = await loop.server_manager.generate(
                 request_id=uuid4().hex, prompt_ids=ids, sampling_params={**params, **own}
             )
@@ -257,7 +259,7 @@ class _Group:
 
     def _run(self, number: int, params: dict[str, Any], row: Mapping[str, Any]) -> Any:
         if self._worker._seeded:
-            params["seed"] = self._seed(number)
+            params[self._worker.seed_name] = self._seed(number)
         asked = {ROLLOUT_N: self.size, MAX_TOKENS: int(params.get("max_tokens") or self._limit)}
         columns = {**self._row, **asked, **row}
         return self._worker._run_agent_loop(

@@ -19,6 +19,7 @@ from verl.utils import tensordict_utils as tu
 
 from verl_plugins.batch import Batch
 from verl_plugins.bridge.queue import prompt_id_of
+from verl_plugins.bridge.serving import seed_name
 from verl_plugins.diagnostics.budget import Account
 from verl_plugins.errors import DataError
 from verl_plugins.services import Generated
@@ -142,11 +143,11 @@ class DriverRun:
         return groups
 
     async def _ask(self, prompts: list[list[int]], params: dict, seeds: np.ndarray) -> list[list[Generated]]:
-        client = self._trainer.get_llm_client()
+        client, name = self._trainer.get_llm_client(), seed_name(self.config.actor_rollout_ref.rollout.name)
 
         async def one(prompt: list[int], seed: int) -> Generated:
             output = await client.generate(
-                request_id=f"{self._owner}-{seed}", prompt_ids=prompt, sampling_params={**params, "seed": int(seed)}
+                request_id=f"{self._owner}-{seed}", prompt_ids=prompt, sampling_params={**params, name: int(seed)}
             )
             text = self.tokenizer.decode(output.token_ids, skip_special_tokens=True)
             return Generated(list(output.token_ids), list(output.log_probs or []), text)
@@ -165,10 +166,21 @@ class DriverRun:
             return self.tokenizer(target, add_special_tokens=False)["input_ids"]
         return [int(token) for token in target]
 
+    def _rows_of_a_pass(self) -> int:
+        """verl wants as many rows for each rank, and with micro-batches of a fixed size those filled."""
+        rollout = self.config.actor_rollout_ref.rollout
+        size = 1 if rollout.log_prob_use_dynamic_bsz else rollout.log_prob_micro_batch_size_per_gpu or 1
+        return self._trainer.data_parallel_size * size
+
     def _forward(self, prompts: list[Tensor], responses: list[Tensor], temperature: float | None) -> list[Tensor]:
         """Log-probs of each response after its prompt, from the actor workers; the queue is not touched."""
+        if self._trainer.processor is not None:
+            raise DataError(
+                "run.log_probs and run.score make forward passes over text only, and the model has a processor for "
+                "images or the like: leave out the plugin that asks for them, or train a text model"
+            )
         count = len(prompts)
-        missing = -count % self._trainer.data_parallel_size
+        missing = -count % self._rows_of_a_pass()
         prompts, responses = prompts + prompts[:1] * missing, responses + responses[:1] * missing
         data = _forward_table(prompts, responses)
         scale = self.config.actor_rollout_ref.rollout.temperature if temperature is None else temperature

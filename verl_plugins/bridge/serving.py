@@ -9,6 +9,11 @@ from typing import Any
 from verl_plugins.cpu.registration import ROLLOUT_NAME
 
 
+def seed_name(server: str) -> str:
+    """What a rollout server calls the seed of one request; SGLang refuses a request with vLLM's name for it."""
+    return "sampling_seed" if server == "sglang" else "seed"
+
+
 class ServesRollouts:
     """Mixed into one of verl's trainers."""
 

@@ -101,6 +101,10 @@ class Stages(DrawsPrompts, EstimatesAdvantage, ServesRollouts, SavesState):
             metrics[key.removeprefix("actor/")] = metrics.pop(key)
         return batch
 
+    def _update_critic(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        with self._group_size():
+            return super()._update_critic(batch, metrics)
+
     def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> None:
         with self.clock():
             metrics.update(self._health.result())

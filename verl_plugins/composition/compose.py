@@ -45,6 +45,10 @@ class Composed:
     """`module:function` that makes model and data before the run."""
     defaults: DictConfig
     """verl's own configuration, to compare with."""
+    given: frozenset[str]
+    """Keys that preset, recipe or command line set."""
+    asked: frozenset[str]
+    """Those of them that the command line does."""
 
     @property
     def plugins(self) -> dict[str, dict[str, Any]]:
@@ -73,6 +77,7 @@ def compose(recipes: str, preset: str | None = None, overrides: Sequence[str] = 
         if not _is_group(item.get_key_element(), item.value()):
             apply(config, item, installed)
     _expand_plugins(config, installed)
+    asked = frozenset(item.key_or_group for item in parsed if not item.is_delete())
     return Composed(
         config=config,
         recipe=chosen.name,
@@ -81,6 +86,8 @@ def compose(recipes: str, preset: str | None = None, overrides: Sequence[str] = 
         env={name: value for part in presets for name, value in part.env.items()},
         prepare=next((part.prepare for part in reversed(presets) if part.prepare), None),
         defaults=defaults,
+        given=asked.union(*[_keys_of(file) for file in files]),
+        asked=asked,
     )
 
 
@@ -129,6 +136,10 @@ def _merge(config: DictConfig, file: Preset | Recipe, free: frozenset[str]) -> N
         if not (own or above & free or any(key.startswith("+") for key in path)):
             _must_exist(".".join(keys), known, file.file)
         put_key(config, ".".join(keys), value, known, str(file.file), add=True)
+
+
+def _keys_of(file: Preset | Recipe) -> set[str]:
+    return {".".join(key.removeprefix("+") for key in path) for path, _ in leaves(file.overrides)}
 
 
 def _must_exist(key: str, known: Mapping[str, Any], file: Path) -> None:

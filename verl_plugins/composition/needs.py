@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from verl_plugins.composition import refusals
 from verl_plugins.composition.compose import Composed
 from verl_plugins.composition.manager import Plugins, build
 from verl_plugins.composition.override import one_line
@@ -41,6 +42,10 @@ def check(composed: Composed) -> Plugins:
         _check_missing(config, prepared=composed.prepare is not None)
         config.plugins = composed.plugins  # interpolations resolved, the same in every process
         plugins = build(composed.plugins)
+        if leaving := refusals.giving_way(composed, plugins):
+            config.plugins = {name: settings for name, settings in composed.plugins.items() if name not in leaving}
+            plugins = build(composed.plugins)
+        refusals.check(composed, plugins)
         _check_loss(config, plugins)
         for plugin in plugins:
             for need in sorted(plugin.needs):
@@ -92,7 +97,7 @@ def _check_missing(config: DictConfig, *, prepared: bool) -> None:
     """Values marked `???` are the user's to give; model and data may still be made by the preset."""
     for key in sorted(OmegaConf.missing_keys(config)):
         optional = key.startswith("reward.reward_model.") and not config.reward.reward_model.enable
-        made = prepared and key.startswith(("data.", "actor_rollout_ref.model."))
+        made = prepared and key.startswith(("data.", "actor_rollout_ref.model.", "critic.model."))
         if not (optional or made):
             raise CompositionError(f"{key} has no value: set it, as in {key}=…, or choose a preset that does")
 

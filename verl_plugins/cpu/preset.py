@@ -35,6 +35,8 @@ def prepare(config: DictConfig) -> None:
     missing = {key for key in chosen if OmegaConf.is_missing(*_parent(config, key))}
     for key in missing:
         OmegaConf.update(config, key, str(chosen[key]))
+    if OmegaConf.is_missing(config.critic.model, "path"):
+        config.critic.model.path = config.actor_rollout_ref.model.path
     if "actor_rollout_ref.model.path" in missing and not config.data.filter_overlong_prompts:
         for key in ("data.train_files", "data.val_files"):
             if key not in missing:

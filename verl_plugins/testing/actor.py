@@ -12,13 +12,14 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from verl_plugins.bridge.defaults import ActorDefaults
+from verl_plugins.bridge.joined import JoinedMetrics
 from verl_plugins.composition.manager import Plugins
 from verl_plugins.errors import DataError
 from verl_plugins.plugin import Plugin
 from verl_plugins.testing.fakes import FakeActor
 from verl_plugins.testing.record import Recorder, StageFailed
 from verl_plugins.testing.scenario import Change, Table, stored_as
-from verl_plugins.tokens import Tokens
+from verl_plugins.tokens import Tokens, row_number
 
 ALWAYS = ("prompts", "responses", "response_mask", "old_log_probs", "advantages")
 """Fields `tokens.extra` gives besides those put and those needed."""
@@ -28,15 +29,20 @@ STAGES = ("policy_loss", "loss_terms", "optimizer_step")
 
 
 class ActorPart:
-    """One actor worker."""
+    """The actor workers."""
 
-    def __init__(self, plugin: Plugin, config: DictConfig, change: Change, seed: int, recorder: Recorder) -> None:
-        self._needs, self._change, self._seed, self._recorder = frozenset(plugin.needs), change, seed, recorder
+    def __init__(
+        self, ranks: Sequence[Plugin], config: DictConfig, change: Change, seed: int, recorder: Recorder
+    ) -> None:
+        """`ranks` are the plugin as each rank has it; micro-batches are spread over them."""
+        self._needs, self._change, self._seed, self._recorder = frozenset(ranks[0].needs), change, seed, recorder
         self._settings = config.actor_rollout_ref.actor
         self._actor = FakeActor(seed)
-        self._plugins = Plugins([plugin])
-        self._own = {stage for stage in STAGES if self._plugins.implements(stage)}
-        self._plugins.add_fallback(ActorDefaults(self._actor.optimizer_step))
+        self._ranks = [Plugins([plugin]) for plugin in ranks]
+        self._metrics = [JoinedMetrics() for _ in ranks]
+        self._own = {stage for stage in STAGES if self._ranks[0].implements(stage)}
+        for plugins in self._ranks:
+            plugins.add_fallback(ActorDefaults(self._actor.optimizer_step))
 
     def update(self, step: int, rows: Table, put: set[str], width: int) -> None:
         """Two mini-batches of two micro-batches each.
@@ -56,6 +62,7 @@ class ActorPart:
                 self._settings.global_batch_info.update({**counts, "global_batch_size": len(part)})
                 for micro_batch, piece in enumerate(self._micro_batches(rows, part)):
                     self._losses(step, mini_batch, micro_batch, piece, put)
+                self._join_metrics(step, mini_batch)
             if "optimizer_step" in self._own:
                 self._optimizer_step()
 
@@ -85,7 +92,8 @@ class ActorPart:
             "log_probs": rows.columns["log_probs"].clone().requires_grad_(),
             "entropy": rows.columns["current_entropy"].clone().requires_grad_(),
         }
-        mask, logged = rows.columns["response_mask"].bool(), {}
+        mask = rows.columns["response_mask"].bool()
+        plugins, told = self._ranks[rank := micro_batch % len(self._ranks)], []
         tokens = Tokens(
             log_probs=leaves["log_probs"] * 1.0,  # as in training not a leaf
             old_log_probs=rows.columns["old_log_probs"],
@@ -94,25 +102,44 @@ class ActorPart:
             config=self._settings,
             entropy=leaves["entropy"] * 1.0 if "current_entropy" in self._needs else None,
             extra=self._extra(rows, put),
-            log=lambda owner, metrics, reduce: logged.update(metrics),
+            log=lambda owner, metrics, reduce: told.append((metrics, reduce)),
             step=step,
             mini_batch=mini_batch,
             micro_batch=micro_batch,
             seed=self._seed,
+            rows=[0 if key.startswith("pad") else row_number(key) for key in rows.keys],
         )
         inputs = {f"tokens.{name}": value for name, value in vars(tokens).items() if isinstance(value, Tensor)}
         inputs = {name: value.detach() for name, value in inputs.items()}
         inputs |= {f"tokens.extra({name!r})": value for name, value in rows.columns.items()}
         for stage in sorted(self._own & {"policy_loss", "loss_terms"}, reverse=True):
-            result = self._recorder.call(self._plugins, stage, inputs, tokens=tokens)
+            result = self._recorder.call(plugins, stage, inputs, tokens=tokens)
             for what, values in _by_name(stage, result).items():
                 self._recorder.require_tokens(stage, values, mask, what)
                 self._record(step, stage, f"{what} of row", values, rows, mask)
                 for by, gradient in self._gradients(stage, what, values, leaves, mask).items():
                     self._record(step, stage, f"the gradient of {what} by {by} of row", gradient, rows, mask)
             if mask.any():
+                logged = {key: value for metrics, _ in told for key, value in metrics.items()}
                 self._recorder.note_metrics(step, stage, logged, f"micro-batch {mini_batch}.{micro_batch}")
-            logged.clear()
+                self._keep_metrics(stage, told, self._metrics[rank])
+            told.clear()
+
+    def _keep_metrics(self, stage: str, told: Sequence[tuple[Mapping[str, float], str]], kept: JoinedMetrics) -> None:
+        for metrics, reduce in told:
+            for key, value in metrics.items():
+                try:
+                    kept.add(key, value, reduce)
+                except DataError as error:
+                    self._recorder.fault("metrics", stage, f"cannot be joined over ranks: {error}")
+
+    def _join_metrics(self, step: int, mini_batch: int) -> None:
+        """What the ranks logged in one mini-batch, as it reaches the driver."""
+        joined = JoinedMetrics()
+        joined.join([metrics.leave() for metrics in self._metrics])
+        metrics = {key: values[0] for key, (_, values) in joined.take().items()}
+        stage = "policy_loss" if "policy_loss" in self._own else "loss_terms"
+        self._recorder.note_metrics(step, stage, metrics, f"mini-batch {mini_batch}")
 
     def _record(self, step: int, stage: str, what: str, values: Tensor, rows: Table, mask: Tensor) -> None:
         on_tokens = values.detach().masked_fill(~mask, 0)
@@ -155,7 +182,7 @@ class ActorPart:
         actor, stage = self._actor, "optimizer_step"
         actor.accumulate()
         actor.metrics = {}
-        norm = self._recorder.call(self._plugins, stage, {}, actor=actor)
+        norm = self._recorder.call(self._ranks[0], stage, {}, actor=actor)
         if not isinstance(norm, (int, float, Tensor)):
             raise StageFailed(stage, f"gives {norm!r}, expected the norm of the gradients")
         if not np.isfinite(float(norm)):

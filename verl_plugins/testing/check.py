@@ -18,6 +18,7 @@ About each stage (the law is then called `law.stage`, as in `row_order.select_ro
     row_order     rows in another order give the same, row by row
     padding       more padding, and what stands at tokens the policy did not generate, change nothing
     micro_batches the loss of a row does not depend on what else is in its micro-batch
+    ranks         nor on which rank computes the micro-batch, and metrics, logged by some ranks only, are the same
     state         state_dict, a checkpoint and load_state_dict: as if nothing had been interrupted
     lonely_group  a group of one response is dealt with, or refused with a PluginError
 About recorded cases:
@@ -59,8 +60,10 @@ VARIANTS: Mapping[str, tuple[dict[str, Any], str]] = {
     "row_order": ({"change": Change(shuffle=True)}, "when the rows come in another order"),
     "padding": ({"change": Change(pad=True)}, "with more padding"),
     "micro_batches": ({"change": Change(split=True)}, "when a mini-batch is one micro-batch instead of two"),
+    "ranks": ({"change": Change(ranks=2)}, "when the micro-batches are spread over two ranks"),
 }
-EXACT = ("repeat", "processes")
+EXACT = ("repeat", "processes", "ranks")
+OF_THE_LOSS = ("micro_batches", "ranks")
 
 LOSS_STAGES = ("policy_loss", "loss_terms")
 
@@ -232,7 +235,7 @@ class _Check:
 
     def _vary(self, make: Maker, scenario: Scenario, config: DictConfig, base: Episode) -> None:
         for law, (options, words) in VARIANTS.items():
-            stages = LOSS_STAGES if law == "micro_batches" else ()
+            stages = LOSS_STAGES if law in OF_THE_LOSS else ()
             if stages and not any(base.implements(stage) for stage in stages):
                 continue
             if any(fault.law == "repeat" for fault in self.open()):

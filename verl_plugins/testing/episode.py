@@ -91,7 +91,8 @@ class Episode:
         self._calls["driver"].add_fallback(self._defaults)
         self._calls["agent_loop"].add_fallback(WorkerDefaults())
         self._needs = frozenset(self.plugins["driver"].needs)
-        self._actor = ActorPart(self.plugins["actor"], config, self._change, scenario.seed, self.recorder)
+        ranks = [self.plugins["actor"], *[make() for _ in range(1, self._change.ranks)]]
+        self._actor = ActorPart(ranks, config, self._change, scenario.seed, self.recorder)
 
     def play(self, steps: Sequence[int], *, end: bool = False) -> Episode:
         """Steps by number, from 1; `end` also ends the training."""

@@ -118,6 +118,8 @@ class Change:
     """More padding, other values at tokens the policy did not generate, and micro-batches filled up."""
     split: bool = False
     """Each mini-batch in one micro-batch instead of two."""
+    ranks: int = 1
+    """Actor workers over which micro-batches are spread."""
     lonely: bool = False
     """All responses but one of the last group failed. No law: only results must still be sound."""
 

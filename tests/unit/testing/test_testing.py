@@ -415,6 +415,11 @@ UNSOUND: list[tuple[str, str, dict[str, Any]]] = [
         {"policy_loss": lambda self, tokens: tokens.log({"a": "high"}) or surrogate(tokens)},
     ),
     (
+        "metrics.policy_loss",
+        "logged with reduce='median'",
+        {"policy_loss": lambda self, tokens: tokens.log({"a": 1.0}, "median") or surrogate(tokens)},
+    ),
+    (
         "gradient.policy_loss",
         "no gradient reaches the policy",
         {"policy_loss": lambda self, tokens: surrogate(tokens).detach()},
@@ -534,6 +539,30 @@ def test_an_unsound_plugin_is_found_out(name: str, part: str, members: dict[str,
     assert set(faults) == {name}, error.value
     sentence(faults[name].replace("verl<0.", "verl<0"), part.replace("verl<0.", "verl<0"))
     assert f"  {name}: {faults[name]}" in str(error.value).splitlines()
+
+
+def since_the_last(self, tokens):
+    """A baseline that a rank keeps from one micro-batch to the next."""
+    before, self.last = getattr(self, "last", 0.0), float(tokens.advantages.mean())
+    return surrogate(tokens) * (1 + (before if tokens.micro_batch else 0.0))
+
+
+def in_the_second(self, tokens):
+    """A metric that every rank but the first logs, and counts by where a micro-batch is."""
+    if tokens.micro_batch:
+        tokens.log({"late": float(tokens.advantages.mean())})
+    return surrogate(tokens)
+
+
+def test_what_a_rank_keeps_between_micro_batches_is_found_out() -> None:
+    with pytest.raises(PluginCheckError) as error:
+        check_plugin(broken(policy_loss=since_the_last))
+    assert "ranks.policy_loss" in {fault.name for fault in error.value.faults}
+    assert "spread over two ranks" in str(error.value)
+
+
+def test_metrics_may_be_logged_by_one_rank_only() -> None:
+    check_plugin(broken(policy_loss=in_the_second))
 
 
 def test_all_broken_laws_are_listed() -> None:

@@ -1,0 +1,167 @@
+"""What verl can be asked for and this package cannot do with it ends before anything starts, with the way out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from verl_plugins.composition import needs, refusals
+from verl_plugins.composition.compose import Composed, compose
+from verl_plugins.errors import CompositionError
+
+RLOO, GAE = "algorithm.adv_estimator=rloo", "algorithm.adv_estimator=gae"
+ACTOR, MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.model"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., Composed]:
+    """Composed and checked; on GPU presets with data files that exist."""
+    data = tmp_path / "data.parquet"
+    data.touch()
+
+    def checked(recipe: str, *overrides: str, preset: str = "cpu") -> Composed:
+        files = [] if preset == "cpu" else [f"data.{key}={data}" for key in ("train_files", "val_files")]
+        composed = compose(recipe, preset, [*files, *overrides])
+        needs.check(composed)
+        return composed
+
+    return checked
+
+
+@pytest.fixture
+def refused(run: Callable[..., Composed], sentence: Callable) -> Callable[..., None]:
+    """Asserts that it is, in one sentence with these parts, and that the override named there mends it."""
+
+    def check(
+        recipe: str, *overrides: str, parts: tuple[str, ...], mended: tuple[str, ...] = (), **preset: str
+    ) -> None:
+        with pytest.raises(CompositionError) as error:
+            run(recipe, *overrides, **preset)
+        sentence(error.value, *parts, *mended)
+        if mended:
+            run(recipe, *overrides, *mended, **preset)
+
+    return check
+
+
+class TestEstimator:
+    """`algorithm.adv_estimator` means what it says."""
+
+    @pytest.mark.parametrize(
+        ("recipe", "asked"), [("grpo", "rloo"), ("clip_cov", "gae"), ("vade", "opo"), ("dcpo", "grpo_passk")]
+    )
+    def test_the_default_plugin_gives_way_to_the_estimator_asked_for(self, run, recipe, asked, caplog) -> None:
+        with caplog.at_level(logging.WARNING):
+            composed = run(recipe, f"algorithm.adv_estimator={asked}")
+        assert "grpo" not in composed.config.plugins
+        assert composed.config.algorithm.adv_estimator == asked
+        assert f"algorithm.adv_estimator={asked}" in caplog.text and "'grpo' gives way" in caplog.text
+
+    @pytest.mark.parametrize(
+        ("recipe", "plugin"), [("mc_grpo", "mc_grpo"), ("riskpo", "riskpo"), ("vade+bnpo", "bnpo")]
+    )
+    @pytest.mark.parametrize("asked", [RLOO, GAE])
+    def test_an_estimator_that_is_the_recipe_s_method_is_not_replaced(self, refused, recipe, plugin, asked) -> None:
+        refused(recipe, asked, parts=(asked, repr(plugin)), mended=("algorithm.adv_estimator=grpo",))
+
+    def test_settings_of_the_default_on_the_command_line_contradict_another_estimator(self, refused) -> None:
+        refused("grpo", RLOO, "plugins.grpo.scale=none", parts=(RLOO, "~plugins.grpo"))
+
+    def test_nobody_asked_for_verls_default(self, site, refused) -> None:
+        site.recipes("acme", mine="recipe: {title: A}\nplugins: {grpo: {}}\n")
+        refused("mine", parts=("gae, verl's default,", "'grpo'"), mended=("algorithm.adv_estimator=grpo",))
+
+    def test_a_preset_may_ask(self, site, run) -> None:
+        preset = "preset: {title: A, base: cpu}\nalgorithm: {adv_estimator: rloo}\n"
+        site.recipes("acme", mine="recipe: {title: A}\nplugins: {grpo: {}}\n", presets__ours=preset)
+        assert list(run("mine", preset="ours").config.plugins) == ["math_verify"]
+
+    @pytest.mark.parametrize("wrong", ["gpro", "rlo", "reinforce_plus_plus_base"])
+    def test_a_misspelt_one(self, refused, wrong) -> None:
+        refused("grpo", f"algorithm.adv_estimator={wrong}", parts=("algorithm.adv_estimator", wrong, "did you mean"))
+
+    def test_one_that_is_registered_elsewhere_is_let_through(self, run) -> None:
+        run("grpo", "algorithm.adv_estimator=my_own_one")
+
+    def test_the_names_are_verls(self) -> None:
+        from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, AdvantageEstimator
+
+        assert set(refusals.ESTIMATORS) == {item.value for item in AdvantageEstimator} == set(ADV_ESTIMATOR_REGISTRY)
+
+
+@pytest.mark.parametrize("recipe", ["clip_cov", "steer", "epo", "dcpo"])
+def test_distillation_is_not_replaced_by_a_loss_of_ours(refused, recipe) -> None:
+    on = "distillation.enabled=true"
+    refused(recipe, on, parts=("distillation.enabled=True", f"~plugins.{recipe}"))
+
+
+def test_distillation_with_plugins_of_the_driver(run) -> None:
+    run("vade", "distillation.enabled=true")
+
+
+class TestEngines:
+    """The choice of an engine, and the keys verl reads it from, agree."""
+
+    MEGATRON = tuple(f"actor_rollout_ref.{role}.strategy=megatron" for role in ("actor", "ref"))
+
+    @pytest.mark.parametrize(("recipe", "preset"), [("grpo", "1gpu"), ("clip_cov", "8gpu")])
+    def test_megatron_on_a_gpu_preset(self, refused, recipe, preset) -> None:
+        parts = ("actor_rollout_ref.actor.strategy", "model_engine=megatron")
+        refused(recipe, "model_engine=megatron", parts=parts, mended=self.MEGATRON, preset=preset)
+
+    def test_megatron_s_strategy_without_its_engine(self, refused) -> None:
+        refused("grpo", f"{ACTOR}.strategy=megatron", parts=(f"{ACTOR}.strategy", "model_engine=dp"), preset="1gpu")
+
+    @pytest.mark.parametrize(
+        "key",
+        [f"{ACTOR}.strategy", f"{ACTOR}.fsdp_config.strategy", "actor_rollout_ref.ref.strategy", "critic.strategy"],
+    )
+    def test_the_first_fsdp_on_the_cpu(self, refused, key) -> None:
+        refused("grpo", f"{key}=fsdp", parts=(key, "CPU"), mended=(f"{key}=fsdp2",))
+
+    @pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+    def test_both_on_gpus(self, run, strategy) -> None:
+        run("grpo", f"{ACTOR}.strategy={strategy}", preset="1gpu")
+
+
+class TestCritic:
+    @pytest.mark.parametrize("preset", ["cpu", "1gpu", "8gpu"])
+    def test_every_preset_brings_its_model(self, run, preset) -> None:
+        run("grpo", GAE, preset=preset)
+
+    def test_verls_example_of_a_path_is_nobody_s_model(self, refused) -> None:
+        example = "critic.model.path='~/models/deepseek-llm-7b-chat'"
+        refused("grpo", GAE, example, parts=("critic.model.path", "algorithm.adv_estimator"), preset="1gpu")
+
+
+@pytest.mark.parametrize("lora", [f"{MODEL}.lora_rank=8", f"{MODEL}.lora_adapter_path=adapter"])
+def test_lora_is_merged_for_the_server_of_the_cpu(refused, lora) -> None:
+    refused("grpo", lora, parts=(lora.partition("=")[0],), mended=(f"{MODEL}.lora.merge=true",))
+
+
+def test_full_determinism_is_not_sglang_s(refused) -> None:
+    chosen = ("actor_rollout_ref.rollout.name=sglang", "actor_rollout_ref.rollout.full_determinism=true")
+    refused("grpo", *chosen, parts=("full_determinism", "sglang"), preset="1gpu")
+
+
+@pytest.mark.parametrize(
+    ("asked", "part"),
+    [
+        (("ray_kwargs.timeline_json_file=t.json",), "ray_kwargs.timeline_json_file"),
+        (("global_profiler.tool=nsys", "global_profiler.steps=[1]"), "global_profiler.tool"),
+    ],
+)
+def test_what_verls_own_command_does_around_a_training(refused, asked, part) -> None:
+    refused("grpo", *asked, parts=(part,))
+
+
+@pytest.mark.parametrize("preset", ["1gpu", "8gpu"])
+def test_gpu_presets_bound_the_checkpoints_that_are_kept(run, preset) -> None:
+    trainer = run("grpo", preset=preset).config.trainer
+    assert trainer.save_freq > 0
+    assert (
+        2 <= trainer.max_actor_ckpt_to_keep <= 5 and trainer.max_critic_ckpt_to_keep == trainer.max_actor_ckpt_to_keep
+    )

@@ -1,0 +1,159 @@
+"""Settings of verl with which plugins, or the preset, would do something else than what is asked: one sentence each."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterable
+
+from omegaconf import DictConfig, OmegaConf
+
+from verl_plugins.composition.compose import Composed
+from verl_plugins.composition.manager import Plugins
+from verl_plugins.errors import CompositionError
+from verl_plugins.hookspecs import STAGES
+
+ESTIMATORS = (
+    "gae",
+    "grpo",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+    "remax",
+    "rloo",
+    "opo",
+    "grpo_passk",
+    "gpg",
+    "rloo_vectorized",
+    "grpo_vectorized",
+    "optimal_token_baseline",
+    "tir_optimal_token_baseline",
+    "gdpo",
+)
+"""verl's own; more can be registered."""
+ESTIMATOR = "algorithm.adv_estimator"
+ACTOR_STAGES = ("policy_loss", "loss_terms", "optimizer_step")
+ENGINE_KEYS = {
+    "actor_rollout_ref.actor": ("strategy", "fsdp_config.strategy"),
+    "actor_rollout_ref.ref": ("strategy", "fsdp_config.strategy"),
+    "critic": ("strategy", "fsdp.strategy"),
+}
+"""Where verl reads the engine of each model from."""
+FSDP = ("fsdp", "fsdp2")
+MODEL = "actor_rollout_ref.model"
+CRITIC_MODEL = "critic.model.path"
+
+
+def check(composed: Composed, plugins: Plugins) -> None:
+    """Refuse them."""
+    config = composed.config
+    _check_distillation(config, plugins)
+    _check_engines(config, composed.defaults)
+    _check_critic(config, composed.defaults)
+    _check_lora(config)
+    _check_sglang(config)
+    _check_profiling(config)
+
+
+def giving_way(composed: Composed, plugins: Plugins) -> list[str]:
+    """Default estimators among the plugins that leave the advantage to the estimator of verl's that was asked for."""
+    asked, stages = composed.config.algorithm.adv_estimator, plugins.of_stage("estimate_advantage")
+    answering = {name: kind for name, kind in stages if kind != "wraps"}
+    if asked not in ESTIMATORS and (close := difflib.get_close_matches(str(asked), ESTIMATORS, n=1)):
+        raise CompositionError(f"{ESTIMATOR} is {asked!r}; did you mean {close[0]!r}?")
+    if asked == "grpo" or not answering:
+        return []
+    chosen = ESTIMATOR in composed.given
+    for name, kind in answering.items():
+        stays = kind != "default" or any(key.startswith(f"plugins.{name}") for key in composed.asked)
+        if stays or not chosen or _stages_of(name, plugins) != ["estimate_advantage"]:
+            whose = "" if chosen else ", verl's default,"
+            raise CompositionError(
+                f"{ESTIMATOR}={asked}{whose} and plugin {name!r} both estimate the advantage: set {ESTIMATOR}=grpo to "
+                f"have the plugin's and no value model, or leave the plugin out with ~plugins.{name}"
+            )
+        logging.getLogger(__name__).warning(f"{ESTIMATOR}={asked} is asked for: the default plugin {name!r} gives way")
+    return list(answering)
+
+
+def _stages_of(name: str, plugins: Plugins) -> list[str]:
+    return [stage for stage in STAGES if any(name == acting for acting, _ in plugins.of_stage(stage))]
+
+
+def _check_distillation(config: DictConfig, plugins: Plugins) -> None:
+    if not OmegaConf.select(config, "distillation.enabled"):
+        return
+    for stage in ACTOR_STAGES:
+        for name, _ in plugins.of_stage(stage):
+            raise CompositionError(
+                f"distillation.enabled=True puts verl's distillation loss where plugin {name!r} acts (stage {stage}): "
+                f"set distillation.enabled=False, or leave the plugin out with ~plugins.{name}"
+            )
+
+
+def _check_engines(config: DictConfig, defaults: DictConfig) -> None:
+    """The engines of `model_engine` and the `strategy` keys, which verl reads in other places, must agree."""
+    on_cpu = config.trainer.device == "cpu"
+    wrong = {}
+    for section, keys in ENGINE_KEYS.items():
+        for key in (f"{section}.{key}" for key in keys):
+            usual, chosen = OmegaConf.select(defaults, key), OmegaConf.select(config, key)
+            fitting = ("fsdp2",) if on_cpu else FSDP if usual in FSDP else (usual,)
+            if usual is not None and chosen not in fitting:
+                wrong[key] = chosen, fitting[-1]
+    if wrong:
+        key, (chosen, _) = next(iter(wrong.items()))
+        why = "PyTorch's first FSDP does not train on a CPU" if on_cpu else f"model_engine={config.model_engine}"
+        mended = " ".join(f"{key}={fitting}" for key, (_, fitting) in wrong.items())
+        raise CompositionError(f"{key} is {chosen!r}, which does not fit ({why}): set {mended}")
+
+
+def has_critic(config: DictConfig) -> bool:
+    """Whether verl trains a value model."""
+    return config.algorithm.adv_estimator == "gae" if config.critic.enable is None else bool(config.critic.enable)
+
+
+def _check_critic(config: DictConfig, defaults: DictConfig) -> None:
+    if not has_critic(config) or OmegaConf.is_missing(config.critic.model, "path"):
+        return
+    if config.critic.model.path == defaults.critic.model.path:
+        raise CompositionError(
+            f"{CRITIC_MODEL} is {config.critic.model.path}, the example in verl's defaults, and a value model is "
+            f"trained: set {CRITIC_MODEL}=…, or {ESTIMATOR} to one that needs none, such as grpo"
+        )
+
+
+def _check_lora(config: DictConfig) -> None:
+    model = config.actor_rollout_ref.model
+    if config.actor_rollout_ref.rollout.name != "transformers" or OmegaConf.select(model, "lora.merge"):
+        return
+    used = {"lora_rank": model.lora_rank, "lora.rank": OmegaConf.select(model, "lora.rank") or 0}
+    used |= {"lora_adapter_path": model.get("lora_adapter_path")}
+    if given := [f"{MODEL}.{key}={value}" for key, value in used.items() if value]:
+        raise CompositionError(
+            f"{given[0]}: the rollout server of the preset cpu takes whole weights, not adapters: set "
+            f"{MODEL}.lora.merge=true"
+        )
+
+
+def _check_sglang(config: DictConfig) -> None:
+    rollout = config.actor_rollout_ref.rollout
+    if rollout.name == "sglang" and rollout.full_determinism:
+        raise CompositionError(
+            "actor_rollout_ref.rollout.full_determinism=True is for verl's vLLM servers only, and rollout.name is "
+            "sglang: set it to False, or set actor_rollout_ref.rollout.name=vllm"
+        )
+
+
+def _check_profiling(config: DictConfig) -> None:
+    """What verl's own command does before and after a training, and this package's does not."""
+    if OmegaConf.select(config, "ray_kwargs.timeline_json_file"):
+        raise CompositionError(
+            "ray_kwargs.timeline_json_file is written by verl's own command only: leave it null, and run "
+            "`ray timeline` while the training runs"
+        )
+    steps: Iterable[int] | None = OmegaConf.select(config, "global_profiler.steps")
+    if OmegaConf.select(config, "global_profiler.tool") == "nsys" and steps:
+        raise CompositionError(
+            "global_profiler.tool=nsys needs the task runner under Nsight in a Ray actor, and here it is the driver "
+            "process: set global_profiler.tool=torch"
+        )
