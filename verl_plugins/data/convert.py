@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from verl_plugins.data.agreement import disagreements
 from verl_plugins.data.report import Report, some
 from verl_plugins.data.rows import Chunk, read
 from verl_plugins.data.shapes import Messages, Unusable, columns_of, problem, recognise, value
@@ -156,6 +157,7 @@ class _Converter:
     def convert(self, chunk: Chunk) -> tuple[list[Row], list[Row]]:
         """Rows to train on and rows held out."""
         sides: tuple[list[Row], list[Row]] = ([], [])
+        solved: list[tuple[int, str, str]] = []
         for number, row in zip(chunk.numbers, chunk.rows, strict=True):
             try:
                 found = problem(row, self.columns)
@@ -178,6 +180,9 @@ class _Converter:
             )
             sides[int.from_bytes(digest[:8], "big") < self._threshold].append(converted)
             self.report.first = self.report.first or found
+            if found.solution:
+                solved.append((number, found.solution, found.answer))
+        self.report.disagreements += disagreements(solved)
         self.report.read += len(chunk.rows)
         for side in sides:
             self._count(side)

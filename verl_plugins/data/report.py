@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from verl_plugins.data.agreement import Disagreement
 from verl_plugins.data.shapes import Columns, Problem
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class Report:
     """Rows that ask what an earlier row asks."""
     contradictions: int = 0
     """Duplicates with another answer than the first of their kind."""
+    disagreements: list[Disagreement] = field(default_factory=list)
+    """Rows whose worked solution ends with another answer."""
     longest_prompt: int = 0
     """Characters, all messages together."""
     longest_answer: int = 0
@@ -55,6 +58,7 @@ class Report:
         yield "rows that ask what an earlier row asks", self.duplicates
         yield "… and give another answer", self.contradictions
         yield "rows with a worked solution", self.solutions
+        yield "… that ends with another answer", len(self.disagreements)
         yield "longest prompt, characters", self.longest_prompt
         yield "longest answer, characters", self.longest_answer
 
@@ -93,6 +97,10 @@ def print_report(report: Report, console: Console) -> None:
         lines = [f"first row: {_cut(report.first.messages[-1][1])} → {_cut(report.first.answer)}"]
     if report.unanswered:
         lines.append(f"left out: {some(report.unanswered)}")
+    if report.disagreements:
+        more = len(report.disagreements) - NAMED_ROWS
+        shown = ", ".join(map(str, report.disagreements[:NAMED_ROWS])) + (f" and {more:,} more" if more > 0 else "")
+        lines.append(f"warning: solution and answer disagree, and the answer is what is scored against: {shown}")
     if report.not_kept:
         lines.append(f"columns not kept: {', '.join(report.not_kept)} (--keep keeps one)")
     lines.append(f"to train on it: verl-plugins run RECIPE {report.overrides()}")

@@ -16,14 +16,13 @@ from numbers import Number
 from typing import Any
 
 from verl_plugins.errors import DataError, nearest
+from verl_plugins.reward.final_answer import after_hashes, last_boxed
 
 SHAPES = ("gsm8k", "math", "dapo", "plain")
 MARK = "####"
 QUESTIONS = ("question", "problem", "prompt")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _CALCULATION = re.compile(r"<<[^<>]*>>")
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 Messages = list[tuple[str, str]]
 """(role, content) of each chat message."""
@@ -156,12 +155,12 @@ def _split(text: str, column: str | None) -> tuple[str, str]:
     """Worked solution and answer of a text of GSM8K, without calculator annotations and thousands separators."""
     if not text:
         raise Unusable(f"column {column} is empty")
-    work, mark, answer = text.rpartition(MARK)
-    if not mark:
+    answer = after_hashes(text)
+    if answer is None:
         raise Unusable(f"no {MARK} in column {column}")
-    if not answer.strip():
+    if not answer:
         raise Unusable(f"nothing after {MARK} in column {column}")
-    return _CALCULATION.sub("", work).strip(), _THOUSANDS.sub("", answer.strip())
+    return _CALCULATION.sub("", text.rpartition(MARK)[0]).strip(), _THOUSANDS.sub("", answer)
 
 
 def _boxed_answer(solution: str, column: str | None) -> str:
@@ -173,23 +172,6 @@ def _boxed_answer(solution: str, column: str | None) -> str:
     if not answer:
         raise Unusable(rf"the last \boxed{{…}} in column {column} is empty")
     return answer
-
-
-def last_boxed(text: str) -> str | None:
-    r"""Content of the last `\boxed{…}` or `\fbox{…}`, of `\boxed 5` as well; None if there is none or it never ends."""
-    start = None
-    for match in _BOX.finditer(text):
-        start = match.end()
-    if start is None:
-        return None
-    if not text.startswith("{", start):
-        return re.match(r"[^$\s]*", text[start:])[0]
-    depth = 0
-    for match in _BRACE.finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if depth == 0:
-            return text[start + 1 : match.start()].strip()
-    return None
 
 
 def _messages(held: Any, column: str) -> Messages:

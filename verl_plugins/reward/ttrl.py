@@ -2,7 +2,7 @@
 
 arXiv:2504.16084. Per prompt, over n_votes responses with extracted answers a_i:
 
-    y   = the most frequent answer, by equality of strings; among equally frequent ones the first in vote order
+    y   = the most frequent answer, by equality of normal forms; among equally frequent ones the first in vote order
     R_i = 1 if a_i equals y mathematically, else 0         (0.5 earns the reward of 1/2, though it was no vote for it)
 
 The first rollout.n votes of each prompt are trained on, the others dropped once the rewards are known. Vote order is
@@ -28,7 +28,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from verl_plugins import Batch, CompositionError, Plugin, Prompts, Run, hookimpl, setting
-from verl_plugins.reward.math_verify import Comparer
+from verl_plugins.reward.comparer import Comparer
+from verl_plugins.reward.normal_form import normal_form
 
 NO_VOTE = -1
 COMPARERS = 4
@@ -161,10 +162,10 @@ class Ttrl(Plugin):
             return [found.correct for found in threads.map(self._comparer.compare, *pairs.T)]
 
     def answers(self, batch: Batch) -> np.ndarray:
-        """[B] each response's answer as text, "" where there is none."""
+        """[B] each response's answer in its normal form, "" where there is none."""
         part = batch.extra(self.config.answer)
         part = part.tolist() if isinstance(part, Tensor) else part
-        given = pd.Series(part, dtype="string").str.strip().fillna("").to_numpy(object)
+        given = pd.Series(part, dtype="string").fillna("").map(normal_form).to_numpy(object)
         if self.config.missing == "excluded":
             given[batch.truncated.numpy()] = ""
         return given

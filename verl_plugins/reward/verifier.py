@@ -1,7 +1,7 @@
-"""The program of a `Pool` that compares answers with Math-Verify. It is started by path, in an interpreter of its own.
+"""The program of a `Pool` that compares answers (`compare.py`). It is started by path, in an interpreter of its own.
 
-The server imports Math-Verify once and forks workers on demand, so a killed worker is replaced within milliseconds. It
-imports neither verl nor torch nor this package. A worker reads model output, and its parsers evaluate text in places
+The server imports sympy once and forks workers on demand, so a killed worker is replaced within milliseconds. It
+imports neither verl nor torch. A worker reads model output, and sympy and latex2sympy evaluate text in places
 (`sympy.Number`, `nsimplify`): so a worker may read Python modules and nothing else, and evaluates arithmetic only.
 
 Control socket: `fork <n>` with the socket worker n shall serve; `kill <n>`; `end <n>`, answered by the wait status when
@@ -23,12 +23,12 @@ import socket
 import struct
 import sys
 import warnings
-from functools import lru_cache
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
 LENGTH = struct.Struct("!Q")
-WARM_UP = (("12", "13"), (r"\boxed{\frac{1}{2}}", "0.4"), (r"$\sqrt{3}x+1$", r"x^2"), (r"$\{1,2\}$", r"(2, 3)"))
+WARM_UP = (("12.5", "13"), (r"\frac{1}{2}", "0.4"), (r"\sqrt{3}x+1", r"x^2"), (r"\{1,2\}", r"(2,3)"), ("x>2", "x<y"))
+WARM_UP += ((r"\sum_{k=1}^n k", r"\ln 2"), ("5 km", "3"), (r"\sin x", r"\pi"), ("5-2i", "2+i"))
 """Answers and truths compared before the first fork: regular expressions and parser tables are built on first use."""
 
 HARMLESS = {"compile", "exec", "import", "marshal.loads", "os.listdir", "open", "array.__new__", "builtins.id"}
@@ -67,47 +67,6 @@ def _exactly(connection: socket.socket, length: int) -> bytes:
     return data
 
 
-# Comparing
-
-
-def judge(answer: str, truth: str) -> dict[str, Any]:
-    """Whether the last expression in `answer` equals `truth`, and that expression as text ("" if there is none).
-
-    `truth` may be LaTeX without its dollar signs. An exception of the parser or of the comparison is an `error`.
-    """
-    extracted = ""
-    try:
-        found = _parse(answer)
-        extracted = next((item for item in found if isinstance(item, str)), "")
-        return {"correct": _equal(_truth(truth), found), "answer": extracted}
-    except Exception as error:
-        return {"correct": False, "answer": extracted, "error": f"{type(error).__name__}: {error}"[:200]}
-
-
-def _parse(text: str) -> list:
-    from math_verify import parse
-
-    # Math-Verify's own time-outs are signals and would stop Python code only; the pool kills.
-    return parse(text, parsing_timeout=None, raise_on_error=True)
-
-
-@lru_cache(maxsize=1024)
-def _truth(truth: str) -> list:
-    return _parse(f"${truth}$")  # without the dollars LaTeX is read up to its first command: 2\sqrt{3} would be 2
-
-
-def _equal(truth: list, answer: list) -> bool:
-    """Any of the readings equal; an exception counts only if no other pair of readings is equal."""
-    from math_verify import verify
-
-    try:
-        return verify(truth, answer, timeout_seconds=None, raise_on_error=True)
-    except Exception:
-        if verify(truth, answer, timeout_seconds=None):
-            return True
-        raise
-
-
 # The server and its workers
 
 
@@ -116,7 +75,9 @@ def main() -> None:
     parent = os.getppid()
     control, settings = socket.socket(fileno=int(sys.argv[1])), json.loads(sys.argv[2])
     sys.path[:] = settings.pop("path")
-    logging.disable()  # Math-Verify warns that its time-outs are off
+    logging.disable()
+    from verl_plugins.reward.compare import judge
+
     for answer, truth in WARM_UP:
         judge(answer, truth)
     warnings.simplefilter("ignore")  # only now: sympy sets filters of its own
@@ -180,6 +141,8 @@ def work(connection: socket.socket, memory: int, seconds: float) -> None:
         memory: the most address space, in bytes.
         seconds: the most CPU time per request: a worker that nobody kills ends by itself.
     """
+    from verl_plugins.reward.compare import judge
+
     send(connection, {"pid": os.getpid(), "modules": sorted(sys.modules)})
     confine(memory)
     while True:
@@ -188,7 +151,7 @@ def work(connection: socket.socket, memory: int, seconds: float) -> None:
         _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + seconds) + 2, soft=True)
         reply = judge(**request)
         send(connection, reply)
-        if reply.get("error", "").startswith("MemoryError"):
+        if reply.get("what", "").startswith("MemoryError"):
             return  # what filled the memory may still be held
 
 

@@ -22,8 +22,8 @@ from verl_plugins.cpu.preset import check_prompts
 from verl_plugins.data import rows as rows_module
 from verl_plugins.data.convert import Options, convert
 from verl_plugins.data.report import Report
-from verl_plugins.data.shapes import last_boxed
 from verl_plugins.errors import CompositionError, DataError
+from verl_plugins.reward.final_answer import last_boxed
 from verl_plugins.reward.math_verify import MathVerify
 from verl_plugins.services import Answer, Prompt
 

@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from verl_plugins.composition import manager
-from verl_plugins.reward import verifier
-from verl_plugins.reward.math_verify import Comparer, MathVerify
+from verl_plugins.reward.comparer import REASONS, Comparer
+from verl_plugins.reward.math_verify import MathVerify
 from verl_plugins.services import Answer
 
 DEADLINE = 0.3
-HANG = "$9^{9^{9^{9}}}$"
+SHARES = {reason.replace(" ", "_") for reason in REASONS if reason not in ("error", "time-out")}
+HANG = r"$\prod_{k=1}^{10000000000} (1+\frac{1}{k})$"
 
 
 def answer(text, truth):
@@ -34,54 +35,65 @@ def scorer():
 
 class TestVerdicts:
     @pytest.mark.parametrize(
-        ("text", "truth", "extracted"),
+        ("text", "truth", "form", "reason"),
         [
-            ("12", 12, "12"),
-            ("so it is 12.", "12", "12"),
-            ("0.5", "1/2", "0.5"),
-            (r"\boxed{\frac{1}{2}}", "0.5", r"\frac{1}{2}"),
-            (r"Thus $2\sqrt{3}$", r"\sqrt{12}", r"2\sqrt{3}"),
-            (r"\boxed{x+1}", "1+x", "x+1"),
-            (r"$\{2, 1\}$", r"\{1,2\}", r"\{2, 1\}"),
-            ("$(1,2]$", "(1,2]", "(1,2]"),
-            (r"we have $x=5$", "5", "x=5"),
-            ("25%", r"25\%", "25"),
+            ("12", 12, "12", "equal text"),
+            ("so it is 12.", "12", "12", "equal text"),
+            ("0.5", "1/2", "0.5", "equal value"),
+            (r"\boxed{\dfrac12}", "0.5", r"\frac{1}{2}", "equal value"),
+            (r"Thus $2\sqrt{3}$", r"\sqrt{12}", r"2\sqrt{3}", "equal value"),
+            (r"\boxed{x + 1}", "x+1", "x+1", "equal text"),
+            (r"$\{2, 1\}$", r"\{1,2\}", r"\{2, 1\}", "equal value"),
+            ("3√2", r"3\sqrt{2}", r"3\sqrt{2}", "equal text"),
+            ("25%", r"25\%", r"25\%", "equal text"),
         ],
     )
-    def test_right(self, scorer, text, truth, extracted):
+    def test_right(self, scorer, text, truth, form, reason):
         verdict = scorer.score_answer(answer(text, truth))
         assert (verdict.score, verdict.correct) == (1.0, True)
-        assert verdict.parts == {"answer": extracted, "verifier_error": 0.0, "verifier_timeout": 0.0}
+        assert (verdict.parts["answer"], verdict.parts["reason"]) == (form, reason)
 
     @pytest.mark.parametrize(
-        ("text", "truth", "extracted"),
-        [("13", "12", "13"), ("-12", "12", "-12"), ("no idea", "12", ""), ("", "12", ""), (r"\boxed{3}", "2", "3")],
+        ("text", "truth", "form", "reason"),
+        [
+            ("13", "12", "13", "not equal"),
+            (r"\boxed{3x}", "2x", "3x", "not equal"),
+            ("I have no idea at all.", "12", "", "no final answer"),
+            ("", "12", "", "no final answer"),
+            (r"\boxed{}", "12", "", "no final answer"),
+            (r"\boxed{12 ∇ 1}", "12", "12 ∇ 1", "not understood"),
+            (r"\boxed{5}", None, "5", "no ground truth"),
+            ("", None, "", "no ground truth"),
+            (HANG, "12", r"\prod_{k=1}^{10000000000}(1+\frac{1}{k})", "time-out"),
+        ],
     )
-    def test_wrong(self, scorer, text, truth, extracted):
+    def test_wrong(self, scorer, text, truth, form, reason):
         verdict = scorer.score_answer(answer(text, truth))
         assert (verdict.score, verdict.correct) == (0.0, False)
-        assert verdict.parts == {"answer": extracted, "verifier_error": 0.0, "verifier_timeout": 0.0}
+        assert (verdict.parts["answer"], verdict.parts["reason"]) == (form, reason)
 
-    def test_an_exception_is_counted_apart(self, scorer):
-        verdict = scorer.score_answer(answer("1:00", r"\frac{1}{0}"))
-        assert (verdict.score, verdict.correct) == (0.0, False)
-        assert verdict.parts == {"answer": "1", "verifier_error": 1.0, "verifier_timeout": 0.0}
+    @pytest.mark.parametrize("text", ["12", "13", "", r"\boxed{12 ∇ 1}", HANG])
+    def test_the_reasons_are_numbers_that_add_up_to_one(self, scorer, text):
+        parts = scorer.score_answer(answer(text, "12.0")).parts
+        assert set(parts) == {"answer", "reason", "verifier_error", "verifier_timeout", *SHARES}
+        assert sum(value for value in parts.values() if isinstance(value, float)) == 1
 
-    def test_a_passed_deadline_is_counted_apart(self, scorer):
-        verdict = scorer.score_answer(answer(HANG, "12"))
-        assert (verdict.score, verdict.correct) == (0.0, False)
-        assert verdict.parts == {"answer": "", "verifier_error": 0.0, "verifier_timeout": 1.0}
+    def test_a_passed_deadline_is_counted_and_in_the_log(self, scorer, caplog):
+        assert scorer.score_answer(answer(HANG, "13")).parts["verifier_timeout"] == 1
+        assert "timeout (no reply within 0.3 s)" in caplog.text and "prod" in caplog.text
 
-    def test_both_are_in_the_log(self, scorer, caplog):
-        scorer.score_answer(answer("1:01", r"\frac{1}{0}"))
-        scorer.score_answer(answer(HANG, "13"))
-        assert "error (ValueError" in caplog.text and "'1:01'" in caplog.text
-        assert "timeout (no reply within 0.3 s)" in caplog.text and HANG in caplog.text
+    def test_an_exception_is_counted_and_in_the_log(self, caplog, monkeypatch):
+        plugin = MathVerify(MathVerify.Config())
+        monkeypatch.setattr(plugin.comparer.pool, "ask", lambda request: {"reason": "error", "what": "ValueError: no"})
+        verdict = plugin.score_answer(answer("0.5", "x"))
+        assert (verdict.correct, verdict.parts["verifier_error"]) == (False, 1)
+        assert "error (ValueError: no)" in caplog.text and "'0.5'" in caplog.text
 
-    def test_only_the_end_of_a_long_answer_is_read(self, scorer):
+    def test_marks_are_looked_for_at_the_end_and_boxes_everywhere(self, scorer):
         text = "at first $5$, " + "and then " * 300 + "$7$"
         assert scorer.score_answer(answer(text, "7.0")).correct
-        assert not scorer.score_answer(answer("$7.0$" + " and so on" * 300, "7")).correct
+        assert not scorer.score_answer(answer("**7.0** " + " and so on" * 300, "7")).correct
+        assert scorer.score_answer(answer(r"\boxed{7.0}" + " and so on" * 300, "7")).correct
 
     @settings(deadline=None, max_examples=20)
     @given(st.integers(), st.integers())
@@ -90,8 +102,7 @@ class TestVerdicts:
         known = psutil.Process().children()
         verdict = plugin.score_answer(answer(str(one), str(other)))
         assert psutil.Process().children() == known
-        expected = verifier.judge(str(one), str(other))
-        assert (verdict.correct, verdict.parts["answer"]) == (expected["correct"], expected["answer"])
+        assert (verdict.correct, verdict.parts["answer"]) == (one == other, str(one))
 
 
 class TestMemory:
@@ -103,7 +114,7 @@ class TestMemory:
         def ask(request):
             asked.append(request["answer"])
             time.sleep(0.05)
-            return {"correct": False, "answer": "1"}
+            return {"reason": "not equal"}
 
         monkeypatch.setattr(comparer.pool, "ask", ask)
         return comparer, asked
@@ -128,7 +139,7 @@ class TestMemory:
 
     def test_memory_can_be_switched_off(self, monkeypatch):
         comparer, requests = Comparer(cache_size=0), []
-        monkeypatch.setattr(comparer.pool, "ask", lambda request: requests.append(1) or {"correct": True, "answer": ""})
+        monkeypatch.setattr(comparer.pool, "ask", lambda request: requests.append(1) or {"reason": "equal value"})
         assert comparer.compare("a", "1").correct and comparer.compare("a", "1").correct
         assert len(requests) == 2
 
@@ -236,7 +247,7 @@ class TestHostileAnswers:
         with ThreadPoolExecutor(4) as threads:
             results = list(threads.map(score, texts))
         assert not any(verdict.correct for verdict, _ in results)
-        assert sum(verdict.parts["verifier_timeout"] for verdict, _ in results[: len(towers())]) > 30
+        assert sum(verdict.parts["verifier_timeout"] for verdict, _ in results) > 3
         slow = [text for text, (_, seconds) in zip(texts, results, strict=True) if seconds > DEADLINE + 0.5]
         # A second chance, for other tests may keep the machine busy; the other truth makes it another pair.
         assert [text for text in slow if score(text, "4")[1] > DEADLINE + 0.5] == []
