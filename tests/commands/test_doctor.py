@@ -7,8 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
+
+from verl_plugins.commands import doctor as checks
+from verl_plugins.composition.compose import compose
 
 COMMAND = Path(sys.executable).with_name("verl-plugins")
 
@@ -41,6 +46,25 @@ def test_what_is_broken_is_named_with_its_cure(site, tmp_path: Path) -> None:
     assert "titel" in found["recipe burnt"]["found"] and "burnt.yaml" in found["recipe burnt"]["mend"]
     assert "not installed: vaed" in found["VERL_PLUGINS_BLOCK"]["found"]
     assert found["preset cpu"]["state"] == "ok"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_flash_attention_is_looked_for_where_there_is_a_gpu(monkeypatch, there: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(checks, "version", lambda name: "2.8.3")
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn") if there else None)
+    (finding,) = checks._attention()
+    assert finding.state == ("ok" if there else "absent")
+    assert ("pip install flash-attn" in finding.mend, "attn_implementation=sdpa" in finding.mend) == (not there,) * 2
+
+
+def test_without_a_gpu_flash_attention_is_not_missed() -> None:
+    assert torch.cuda.is_available() or list(checks._attention()) == []
+
+
+def test_the_settings_that_do_without_flash_attention_compose() -> None:
+    model = compose("grpo", "1gpu", checks.WITHOUT_FLASH_ATTENTION).config.actor_rollout_ref.model
+    assert (model.override_config.attn_implementation, model.use_remove_padding) == ("sdpa", False)
 
 
 @pytest.mark.e2e

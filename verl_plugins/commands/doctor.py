@@ -27,6 +27,10 @@ LEAST_MEMORY, LEAST_DISK = 4 * GIB, 2 * GIB
 CENSUS = "verl_plugins.bridge.census"
 ANSWER = "census: "
 """What the lines of the census begin with; a JSON pair of who and fault follows."""
+WITHOUT_FLASH_ATTENTION = (
+    "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
+    "actor_rollout_ref.model.use_remove_padding=false",
+)
 OK, ABSENT, BROKEN = "ok", "absent", "broken"
 
 
@@ -48,6 +52,7 @@ def examine(workers: bool = False, address: str | None = None) -> Iterator[Findi
     yield from _requirements()
     yield from _imports()
     yield from _device()
+    yield from _attention()
     yield from _resources()
     yield from _plugins()
     yield from _presets()
@@ -108,6 +113,20 @@ def _device() -> Iterator[Finding]:
     else:
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         yield Finding("GPU", ABSENT, f"none that torch sees ({built})", "use --preset cpu")
+
+
+def _attention() -> Iterator[Finding]:
+    """On GPUs verl loads models with flash attention unless told otherwise, and value models always."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    try:
+        import_module("flash_attn")
+        yield Finding("flash-attn", OK, version("flash-attn"))
+    except Exception as error:
+        mend = f"pip install flash-attn --no-build-isolation, or run with {' '.join(WITHOUT_FLASH_ATTENTION)}"
+        yield Finding("flash-attn", ABSENT, f"verl's default attention cannot be imported: {_cause(error)}", mend)
 
 
 def _resources() -> Iterator[Finding]:

@@ -7,6 +7,7 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import verl.utils.distributed
@@ -106,6 +107,9 @@ class PlatformCPU(PlatformBase):
 
 def initialize_process_group(timeout_second: int | None = None, backend: str | None = None) -> None:
     """Plain gloo; verl would ask for `cpu:gloo,cpu:gloo`, which torch refuses as a duplicate."""
+    from verl.utils import model
+
+    model.load_valuehead_model = load_value_model
     if torch.distributed.is_initialized():
         return
     torch.distributed.init_process_group(
@@ -114,6 +118,19 @@ def initialize_process_group(timeout_second: int | None = None, backend: str | N
         world_size=int(os.environ.get("WORLD_SIZE", 1)),
         timeout=timedelta(seconds=timeout_second) if timeout_second is not None else None,
         init_method=os.environ.get("DIST_INIT_METHOD"),
+    )
+
+
+def load_value_model(local_path: str, torch_dtype: torch.dtype, model_config: Any, trust_remote_code: bool) -> Any:
+    """The critic's model with the attention of its configuration; verl always asks for flash attention."""
+    from transformers import AutoModelForTokenClassification
+
+    return AutoModelForTokenClassification.from_pretrained(
+        local_path,
+        dtype=torch_dtype,
+        config=model_config,
+        attn_implementation=model_config._attn_implementation,
+        trust_remote_code=trust_remote_code,
     )
 
 
