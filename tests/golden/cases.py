@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from verl.trainer.ppo.core_algos import agg_loss
 
 from verl_plugins import Batch, Tokens
 from verl_plugins.testing import Case
 
-__all__ = ["Case", "Rows", "actor_config", "aggregate", "make_tokens"]
+__all__ = ["Case", "NotOffered", "Rows", "actor_config", "aggregate", "in_order_of", "make_tokens"]
+
+
+class NotOffered(Exception):
+    """A recorded case is about a variant that the plugin does not have; the test skips it and says so."""
+
+
+def in_order_of(expected: Sequence[Any] | None, found: Sequence[Any]) -> list[int]:
+    """Places of `found` in the order in which the case lists the same ids; as they are where those are others."""
+    found, expected = np.asarray(found).tolist(), list(expected or [])
+    same = sorted(map(str, found)) == sorted(map(str, expected)) and len(set(found)) == len(found)
+    return [found.index(name) for name in expected] if same else list(range(len(found)))
 
 
 class Rows:
@@ -35,6 +48,18 @@ class Rows:
         whole = torch.full((len(self.real), *values.shape[1:]), padding, dtype=torch.float64)
         whole[self.real] = values.double()
         return whole
+
+    def with_lone(self, found: torch.Tensor, authors: torch.Tensor, expected: Mapping[str, Any], key: str) -> Any:
+        """Ours [rows of the batch, …] for the case's rows, a lone response with the authors' value [rows of the batch].
+
+        A lone response gets 0 here and not there (see the guide); that ours is 0 is checked. A case may have either.
+        """
+        lone = self.batch.groups.count() == 1
+        assert not found[lone].any(), "a lone response has nothing to compare with"
+        wide = authors.double().view(-1, *[1] * (found.dim() - 1)).expand(found.shape)
+        wide = wide * self.batch.response_mask if found.dim() == 2 else wide
+        theirs = torch.tensor(expected[key], dtype=torch.float64)[self.real] != 0 if key in expected else found != 0
+        return self.on_all(torch.where(lone.view(wide[:, :1].shape if found.dim() == 2 else -1) & theirs, wide, found))
 
 
 def make_tokens(case: Case, rng_seed: int | None = None, rows: torch.Tensor | None = None, **fields: Any) -> Tokens:

@@ -3,9 +3,12 @@
 from cases import Case, Rows
 from fakes import FakeRun
 
-from verl_plugins.advantage.a_grae import AGrae, asymmetric_advantage
+from verl_plugins.advantage.a_grae import AGrae, asymmetric_advantage, positive_scale
 
-LEVEL = {True: "dynamic", False: "none"}
+
+def level(given: bool | str) -> str:
+    """On, off, or one of the paper's controls by name."""
+    return given if isinstance(given, str) else "dynamic" if given else "none"
 
 
 def replay(case: Case, expected: dict) -> dict:
@@ -15,12 +18,15 @@ def replay(case: Case, expected: dict) -> dict:
         alpha=case.param("alpha", 1.0),
         epsilon=case.param("epsilon", 1e-6),
         scale="std" if case.param("norm_adv_by_std_in_grpo", True) else "none",
-        sample_level=LEVEL[case.param("sample_level", True)],
-        group_level=LEVEL[case.param("group_level", True)],
+        sample_level=level(case.param("sample_level", True)),
+        group_level=level(case.param("group_level", True)),
     )
     scores, groups = rows.batch.scores, rows.batch.groups
-    return {
-        "advantages": rows.on_all(AGrae(config).estimate_advantage(run, rows.batch)),
-        "seq_advantage": rows.on_all(asymmetric_advantage(scores, scores, groups, config)[0]),
-        "omega": run.metrics["omega"],
+    found = {
+        "advantages": AGrae(config).estimate_advantage(run, rows.batch),
+        "seq_advantage": asymmetric_advantage(scores, scores, groups, config)[0],
     }
+    omega = run.metrics["omega"]
+    alone = scores * positive_scale(omega, config.alpha, config.group_level)
+    alone = alone / (1 + config.epsilon) if config.scale == "std" else alone
+    return {name: rows.with_lone(values, alone, expected, name) for name, values in found.items()} | {"omega": omega}

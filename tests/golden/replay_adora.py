@@ -1,4 +1,4 @@
-"""ADORA: the rule, and the wrapper around GRPO as the authors have it (a group of one keeps its score)."""
+"""ADORA: the rule, and the wrapper around GRPO."""
 
 import torch
 from cases import Case, Rows
@@ -25,9 +25,10 @@ def replay(case: Case, expected: dict) -> dict:
     advantageous = is_advantageous(found, plugin.config.variant, plugin.config.success_rate_tau)
     weight = torch.where(advantageous, *plugin.weights())[groups.index]
     base = grpo_advantage(batch.scores, groups, epsilon=case.param("epsilon", 1e-6))
-    base = torch.where(groups.count() > 1, base, batch.scores)
     return {
         "weight": rows.on_all(weight, padding=1.0),
-        "seq_advantage": rows.on_all(base * weight),
-        "advantages": rows.on_all(batch.to_tokens(base) * weight[:, None]),
+        "seq_advantage": rows.with_lone(base * weight, batch.scores * weight, expected, "seq_advantage"),
+        "advantages": rows.with_lone(
+            batch.to_tokens(base) * weight[:, None], batch.scores * weight, expected, "advantages"
+        ),
     }

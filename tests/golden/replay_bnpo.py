@@ -1,37 +1,48 @@
 """BNPO: one score, or components each normalised alone."""
 
+from unittest import mock
+
 import numpy as np
 import torch
-from cases import Case, Rows
+from cases import Case, Rows, in_order_of
 from fakes import FakeRun
 
 from verl_plugins import Batch
+from verl_plugins.advantage import bnpo
 from verl_plugins.advantage.bnpo import MAX_WEIGHT, Bnpo, Normalised, normalise, to_unit
 
 
 def replay(case: Case, expected: dict) -> dict:
-    assert case.param("max_weight", MAX_WEIGHT) == MAX_WEIGHT
+    with mock.patch.object(bnpo, "MAX_WEIGHT", case.param("max_weight", MAX_WEIGHT)):
+        return replay_within(case, expected)
+
+
+def replay_within(case: Case, expected: dict) -> dict:
     low, high = case.param("reward_min", 0.0), case.param("reward_max", 1.0)
     if not case.param("use_advantage_decomposition", False):
         rows = Rows(case)
         found = normalise(to_unit(rows.batch.scores, low, high, "the score"), rows.batch.groups)
-        plugin = Bnpo(Bnpo.Config(reward_min=low, reward_max=high))
-        return {
-            "advantages": rows.on_all(plugin.estimate_advantage(FakeRun(), rows.batch)),
-            "seq_advantage": rows.on_all(rows.batch.of_session(found.advantage)),
-        } | of_prompts(found, rows.batch.groups.labels)
-    return replay_components(case, low, high)
+        plugin, batch = Bnpo(Bnpo.Config(reward_min=low, reward_max=high)), rows.batch
+        alone = to_unit(batch.scores, low, high, "the score")
+        ours = {
+            "advantages": plugin.estimate_advantage(FakeRun(), batch),
+            "seq_advantage": batch.of_session(found.advantage),
+        }
+        ours = {name: rows.with_lone(values, alone, expected, name) for name, values in ours.items()}
+        return ours | of_prompts(found, batch.groups.labels, expected)
+    return replay_components(case, expected, low, high)
 
 
-def of_prompts(found: Normalised, labels: np.ndarray) -> dict:
-    """The fit, and rate and weight of each prompt in order of first appearance; no weight where the rate is 0 or 1."""
-    weight = found.weight.double()
+def of_prompts(found: Normalised, labels: np.ndarray, expected: dict) -> dict:
+    """The fit; rate and weight of each prompt, no weight where the rate is 0 or 1, and 1 in groups of one."""
+    weight = torch.where(found.several, found.weight.double(), 1.0)
     weight[(found.rate == 0) | (found.rate == 1)] = torch.nan
-    names = {"alpha": found.fit.alpha, "beta": found.fit.beta, "uid_order": labels.tolist()}
-    return names | {"p": found.rate, "weight": weight}
+    order = in_order_of(expected.get("uid_order"), labels)
+    names = {"alpha": found.fit.alpha, "beta": found.fit.beta, "uid_order": labels[order].tolist()}
+    return names | {"p": found.rate[order], "weight": weight[order]}
 
 
-def replay_components(case: Case, low: float, high: float) -> dict:
+def replay_components(case: Case, expected: dict, low: float, high: float) -> dict:
     uid, mask = case.input("uid"), torch.tensor(case.input("response_mask")).bool()
     real = torch.tensor([not name.startswith("pad") for name in uid])
     places, parts = real.nonzero()[:, 0].tolist(), case.input("reward_components")
@@ -51,7 +62,8 @@ def replay_components(case: Case, low: float, high: float) -> dict:
     each = {}
     for name in order:
         found = normalise(to_unit(batch.extra(name), low, high, name), batch.groups)
-        each[name] = of_prompts(found, batch.groups.labels) | {"seq_advantage": on_all(found.advantage)}
+        wanted = expected.get("per_component", {}).get(name, {})
+        each[name] = of_prompts(found, batch.groups.labels, wanted) | {"seq_advantage": on_all(found.advantage)}
     plugin = Bnpo(Bnpo.Config(components=list(order), reward_min=low, reward_max=high))
     return {
         "advantages": on_all(plugin.estimate_advantage(FakeRun(), batch)),

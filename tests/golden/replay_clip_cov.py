@@ -14,7 +14,9 @@ class Watched(ClipCov):
     def _choose(self, cov, mask, clipped, rng):
         places = candidates(cov, mask, self.config.clip_cov_lb, self.config.clip_cov_ub, clipped)
         self.candidates = torch.zeros_like(mask).flatten().index_fill_(0, places, True).view_as(mask)
-        return super()._choose(cov, mask, clipped, rng)
+        chosen, found = super()._choose(cov, mask, clipped, rng)
+        self.chosen = torch.zeros_like(mask).flatten().index_fill_(0, chosen, True).view_as(mask)
+        return chosen, found
 
 
 def replay(case: Case, expected: dict) -> dict:
@@ -36,4 +38,5 @@ def replay(case: Case, expected: dict) -> dict:
         "loss": loss.item(),
         "grad_log_prob": tokens.log_probs.grad,
         "candidate_mask": plugin.candidates,
+        "selected_mask": plugin.chosen,
     }

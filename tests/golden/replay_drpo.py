@@ -18,6 +18,7 @@ def replay(case: Case, expected: dict) -> dict:
             delta=case.param("delta", 1e-4),
             kl_type=case.param("kl_type", "kl"),
             negatives="exact",
+            correct_threshold=case.param("correct_threshold", None),
         )
     )
     uid, mask = [str(name) for name in case.input("uid")], torch.tensor(case.input("response_mask")).bool()
@@ -26,7 +27,7 @@ def replay(case: Case, expected: dict) -> dict:
     run = FakeRun(config=OmegaConf.create({"data": {"max_response_length": budget}}))
     batch = batch_of([name for name in uid if not name.startswith("pad")], case, mask, real)
     advantages = on_all(plugin.estimate_advantage(run, batch), real)
-    prompts = len(set(batch.uid[batch.response_mask.any(1).numpy()]))
+    prompts = prompts_of(batch)
     found = {"advantages": advantages * prompts / len(batch), "num_questions": prompts}
     return found | (replay_loss(case, plugin, batch, advantages, real, budget) if case.has("log_prob") else {})
 
@@ -65,7 +66,7 @@ def replay_loss(case: Case, plugin: Drpo, batch: Batch, advantages: torch.Tensor
 
     lengths = tokens.response_mask.sum(1)[real]
     scores = (tokens.log_probs.detach() * tokens.response_mask).sum(1)[real] / lengths.clamp(min=1)
-    settings, right = plugin.config, batch.scores == 1
+    settings, right = plugin.config, plugin._right(batch)
     weights = signed_weights(right, lengths, scores, batch.groups, settings.tau, settings.length_temperature, budget)
     violation = max(logged["ppo_kl"] - settings.delta, 0)
     return {
@@ -87,10 +88,15 @@ def objective(weights: torch.Tensor, scores: torch.Tensor, batch: Batch, tau: fl
     total, count = groups.sum(torch.where(wrong, (scores / tau).exp(), 0.0)), groups.sum(wrong)
     once = groups.first(wrong)
     hard = tau * (total[once] / count[once]).log().sum()
-    return float((weights.clamp(min=0) * scores).sum() - hard) / len(groups)
+    return float((weights.clamp(min=0) * scores).sum() - hard) / prompts_of(batch)
 
 
 def surrogate(weights: torch.Tensor, scores: torch.Tensor, batch: Batch, tau: float) -> float:
     """What the authors differentiate: tau stands in the place of the logarithm."""
     mixed = int(batch.groups.first(weights < 0).sum())
-    return float(tau * mixed - (weights.clamp(min=0) * scores).sum()) / len(batch.groups)
+    return float(tau * mixed - (weights.clamp(min=0) * scores).sum()) / prompts_of(batch)
+
+
+def prompts_of(batch: Batch) -> int:
+    """Those with a response that has tokens."""
+    return max(len(set(batch.uid[batch.response_mask.any(1).numpy()])), 1)

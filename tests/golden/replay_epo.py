@@ -1,5 +1,7 @@
 """EPO: the history and its field through the driver's functions, the terms and the wrapper on one micro-batch."""
 
+import math
+
 import torch
 from cases import Case, actor_config, aggregate, make_tokens
 
@@ -22,16 +24,18 @@ def replay(case: Case, expected: dict) -> dict:
 
 
 def histories(case: Case) -> dict:
-    steps = [torch.tensor(step, dtype=torch.float64) for step in case.input("step_entropy_lists")]
+    lists = case.input("step_entropy_lists")
+    steps = [torch.tensor([math.nan if h is None else h for h in step], dtype=torch.float64) for step in lists]
     authors, ours = History(), History()
     for step in steps:
-        authors.add(left_padded(step, case.param("max_steps")))
+        authors.add(left_padded(step.nan_to_num(0), case.param("max_steps")))
         ours.add(step)
     return {"entropy_history_authors": authors.means(), "entropy_history_right_aligned": ours.means()}
 
 
 def losses(case: Case, form: str) -> dict:
     mask, turns = torch.tensor(case.input("response_mask")).bool(), torch.tensor(case.input("rollout_step"))
+    turns = turns if turns.dim() == 2 else turns[:, None].expand_as(mask)  # of each token, or of the whole row
     mode = "token" if case.param("entropy_smooth_mask_mode", "token") == "token" else "sequence"
     plugin = Epo(
         Epo.Config(
@@ -48,8 +52,8 @@ def losses(case: Case, form: str) -> dict:
     weight = phase_weight(case.param("epoch", 0), case.param("max_epochs", 150))
     weight = weight if case.param("enable_smooth_weights", False) else 1.0
     on = case.param("entropy_smooth", True) and config.entropy_coeff
-    usual = torch.tensor(case.input("entropy_history"), dtype=torch.float64)
-    sent = for_the_loss(usual, turns[:, None].expand_as(mask), mask, case.param("gate_step", 25), weight * bool(on))
+    usual = torch.tensor(case.input("entropy_history") or [0.0], dtype=torch.float64)
+    sent = for_the_loss(usual, turns, mask, case.param("gate_step", 25), weight * bool(on))
     extra = dict(zip((REFERENCE, GATE), (values.double() for values in sent), strict=True))
     entropy = case.tensor("entropy").requires_grad_()
     tokens = tokens_of(case, form, config, entropy, extra, mask)
@@ -67,9 +71,9 @@ def losses(case: Case, form: str) -> dict:
     (regularizer if form == "hinge" else policy + regularizer).backward()
     band = (plugin.config.min_ratio, plugin.config.max_ratio)
     # The authors' mask has values in the padding, too.
-    unmasked = extra | {REFERENCE: usual[turns][:, None].expand_as(mask)}
+    unmasked = extra | {REFERENCE: usual[turns.clamp(max=len(usual) - 1)]}
     everywhere = tokens_of(case, form, config, compared, unmasked, mask)
-    far = outside(compared.detach(), usual[turns][:, None].expand_as(entropy), *band)
+    far = outside(compared.detach(), unmasked[REFERENCE], *band)
     return {
         "policy_loss": (policy + regularizer).item(),
         "pg_loss": policy.item(),

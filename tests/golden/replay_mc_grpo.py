@@ -29,16 +29,20 @@ def replay(case: Case, expected: dict) -> dict:
         "group_mad": rows.on_all(mad),
         "pivot_candidate_mask": rows.on_all(batch.scores == median),
         "keep_mask": rows.on_all(~batch.dropped, padding=1),
-        "pivots_dropped_per_uid": dropped_per_uid(batch),
     }
+    if "pivots_dropped_per_uid" in expected:
+        found["pivots_dropped_per_uid"] = dropped_per_uid(batch, expected["pivots_dropped_per_uid"])
     found["seq_advantage"] = rows.on_all(plugin._advantage(batch.scores, median, mad, groups))
     return found | (replay_loss(case, plugin, run, rows) if case.has("log_prob") else {})
 
 
-def dropped_per_uid(batch: Batch) -> int:
-    counts = batch.groups.sum(batch.dropped & batch.is_last).unique()
-    assert len(counts) == 1, "groups lost different numbers of sessions"
-    return int(counts)
+def dropped_per_uid(batch: Batch, expected: int | list | dict) -> int | list | dict:
+    """By uid, in order of first appearance, or one number where all groups lose as many."""
+    counts = batch.groups.per_group(batch.groups.sum(batch.dropped & batch.is_last)).tolist()
+    if isinstance(expected, dict):
+        return dict(zip(batch.groups.labels.tolist(), counts, strict=True))
+    assert isinstance(expected, list) or len(set(counts)) == 1, "groups lost different numbers of sessions"
+    return counts if isinstance(expected, list) else counts[0]
 
 
 def kept(batch: Batch) -> Batch:

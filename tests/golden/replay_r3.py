@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from cases import Case
+from cases import Case, NotOffered, in_order_of
 from fakes import FakeRun
 from omegaconf import OmegaConf
 
@@ -23,14 +23,14 @@ RANK_SETS = {"truncated_in_all_negative_groups": "truncated", "truncated": "trun
 def replay(case: Case, expected: dict) -> dict:
     op = case.param("op")
     assert op in OPS, f"unknown op {op!r}"
-    return OPS[op](case)
+    return OPS[op](case, expected)
 
 
 def flags(case: Case, name: str) -> torch.Tensor:
     return torch.tensor(case.input(name)).bool()
 
 
-def serr(case: Case) -> dict:
+def serr(case: Case, expected: dict) -> dict:
     peak, mean = structural_entropy(case.tensor("entropy"), flags(case, "response_mask"), case.param("top_ratio"))
     groups = Groups(np.array(case.input("uid"), dtype=object), counted=flags(case, "rank_mask"))
     dominated = dominance(peak, mean, groups)
@@ -38,17 +38,21 @@ def serr(case: Case) -> dict:
     return {"peak_entropy": peak, "global_entropy": mean, "dominance": dominated, "serr_reward": reward}
 
 
-def advantage(case: Case) -> dict:
+def advantage(case: Case, expected: dict) -> dict:
     assert case.param("std_ddof") == 1
     mask = flags(case, "response_mask")
     batch = Batch.from_tensors(uid=case.input("uid"), rm_scores=case.tensor("token_level_rewards"), response_mask=mask)
     replayed = flags(case, "is_replay")
     alpha = case.param("alpha"), case.param("lam"), case.param("alpha_scope", "group")
     values = mixed_advantage(batch.scores, replayed, batch.groups, *alpha)
-    return {"advantages": batch.to_tokens(values)}
+    lone = batch.groups.count() == 1
+    assert not values[lone].any(), "a lone response has nothing to compare with"
+    # The sheet has its score instead; a case may have either.
+    theirs = lone & (torch.tensor(expected["advantages"]) != 0).any(1)
+    return {"advantages": batch.to_tokens(torch.where(theirs, batch.scores / (1 + alpha[1]), values))}
 
 
-def select(case: Case) -> dict:
+def select(case: Case, expected: dict) -> dict:
     """Each entry is stored in the step it is from; then each collapsed prompt wishes for the other outcome."""
     buffer, now = case.input("buffer"), case.input("current_correct")
     names = sorted({entry["prompt_id"] for entry in buffer} | now.keys())
@@ -60,27 +64,30 @@ def select(case: Case) -> dict:
         store.add(entry["step"], *(np.array([fact]) for fact in facts), nothing)
     found = {name: [] for name in now}
     wishes = [name for name, outcomes in now.items() if len(set(outcomes)) == 1]
-    ids = np.array([names.index(name) for name in wishes])
-    wanted = np.array([not now[name][0] for name in wishes])
-    assert case.param("strategy") == "recent"
+    ids = np.array([names.index(name) for name in wishes], dtype=np.int64)
+    wanted = np.array([not now[name][0] for name in wishes], dtype=bool)
+    if (strategy := case.param("strategy", "recent")) != "recent":
+        raise NotOffered(f"what is drawn by {strategy!r} is not a number to record")
     places, entries = store.pick(ids, wanted, np.full(len(wishes), case.param("k")))
     for place, number in zip(places, store.facts["number"][entries], strict=True):
         found[wishes[place]].append(order[number]["entry_id"])
-    return {"entry_ids": found}
+    wanted = expected.get("entry_ids", {})
+    return {"entry_ids": {name: [i[n] for n in in_order_of(wanted.get(name), i)] for name, i in found.items()}}
 
 
-def trigger(case: Case) -> dict:
+def trigger(case: Case, expected: dict) -> dict:
     history = case.input("history_outcome")
-    right, seen = (np.array([measure(outcomes) for outcomes in history.values()]) for measure in (sum, len))
+    right, seen = (np.array([measure(outcomes) for outcomes in history.values()], float) for measure in (sum, len))
     hard = is_hard(right, seen, case.param("tau"), case.param("epoch"))
-    return {"hard": [name for name, reflected in zip(history, hard, strict=True) if reflected]}
+    names = [name for name, reflected in zip(history, hard, strict=True) if reflected]
+    return {"hard": [names[n] for n in in_order_of(expected.get("hard"), names)]}
 
 
 class Tokenizer:
     eos_token_id = EOS
 
 
-def pipeline(case: Case) -> dict:
+def pipeline(case: Case, expected: dict) -> dict:
     """The hooks of a step, replayed answers being in the store already."""
     assert case.param("std_ddof") == 1
     names = ("alpha", "l_max", "top_ratio", "r_max", "ties", "singleton")
@@ -135,7 +142,7 @@ def pipeline(case: Case) -> dict:
     assert len(added) == len(stored), "all of them are for a group of one outcome"
     wide = torch.zeros(len(added), mask.shape[1])
     token = torch.arange(mask.shape[1])
-    sizes = torch.tensor([len(new.response) for new in added])
+    sizes = torch.tensor([len(new.response) for new in added], dtype=torch.int64)
     ends = token == sizes[:, None] - 1
     rewards = torch.tensor([new.reward for new in added])
     batch = Batch.from_tensors(

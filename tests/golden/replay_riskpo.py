@@ -1,7 +1,7 @@
 """RiskPO: stages `advantage` (bundles given), `state` (the tracker) and `bundling`."""
 
 import torch
-from cases import Case, Rows
+from cases import Case, Rows, in_order_of
 
 from verl_plugins import Groups
 from verl_plugins.advantage.riskpo import (
@@ -15,6 +15,7 @@ from verl_plugins.advantage.riskpo import (
     bundle_quantiles,
     bundle_std,
     make_papers,
+    nearest,
     risk,
     share_out,
     track,
@@ -28,8 +29,11 @@ def replay(case: Case, expected: dict) -> dict:
 
 
 def replay_bundling(case: Case) -> dict:
-    groups = Groups(case.input("uid"))
-    return {"bundle_index": groups.index // case.param("bundle_size")}
+    groups = Groups([name for name in case.input("uid") if not str(name).startswith("pad")])
+    real = [not str(name).startswith("pad") for name in case.input("uid")]
+    index = torch.full((len(real),), -1)
+    index[torch.tensor(real)] = groups.index // case.param("bundle_size")
+    return {"bundle_index": index}
 
 
 def config_of(case: Case) -> RiskPo.Config:
@@ -53,6 +57,7 @@ def config_of(case: Case) -> RiskPo.Config:
 def replay_advantage(case: Case, expected: dict) -> dict:
     rows, config = Rows(case), config_of(case)
     batch, groups = rows.batch, rows.batch.groups
+    case.param("natural_baseline_base", True)  # acts within the averages, which are given
     names = [name for name, real in zip(case.input("bundle_uid"), rows.real.tolist(), strict=True) if real]
     bundles = Groups(names)
     papers = make_papers(batch.scores, groups, batch.session, groups.per_group(bundles.index))
@@ -63,11 +68,12 @@ def replay_advantage(case: Case, expected: dict) -> dict:
     advantage = advantage / (std + EPSILON) if config.scale == "std" else advantage
     given = batch.of_session(share_out(advantage, papers, batch.scores, groups, config.credit))
     scores = [row[there].tolist() for row, there in zip(papers.scores, papers.there, strict=True)]
+    order = in_order_of(expected.get("bundle_ids"), bundles.labels)
     return {
         "advantages": rows.on_all(batch.to_tokens(given)),
         "seq_advantage": rows.on_all(given),
-        "bundle_ids": bundles.labels.tolist(),
-        "bundle_scores": scores,
+        "bundle_ids": bundles.labels[order].tolist(),
+        "bundle_scores": [scores[bundle] for bundle in order],
     }
 
 
@@ -78,7 +84,7 @@ def limits(case: Case, config: RiskPo.Config, papers: Papers) -> list[torch.Tens
     if down is not None:
         plugin.tracked = torch.full((len(LEVELS),), torch.nan, dtype=torch.float64)
         for level, value in ((config.quantile_down, down), (config.quantile_up, up)):
-            plugin.tracked[int((LEVELS - level).abs().argmin())] = value
+            plugin.tracked[nearest(level)] = value
     low, high = plugin.limits(papers)
     if down is None or config.quantiles == "batch":
         own = bundle_quantiles(papers, [config.quantile_down, config.quantile_up])

@@ -23,8 +23,10 @@ def replay(case: Case, expected: dict) -> dict:
 class Servers:
     """Rollout servers that answer as the case says: rewards by level, and an object of hints or nothing to read."""
 
-    def __init__(self, hints: object, rewards: dict[int, list[float]], fallback: dict | None = None) -> None:
-        self.rewards, self.asked = rewards, []
+    def __init__(
+        self, hints: object, rewards: dict[int, list[float]], fallback: dict | None = None, threshold: float = 0
+    ) -> None:
+        self.rewards, self.asked, self.threshold = rewards, [], threshold
         self.run = FakeRun(config=OmegaConf.create(CONFIG), dataset=FakeDataset(1))
         self.run.generate = self.generate
         self.answer = json.dumps(hints) if hints else "no idea"
@@ -41,7 +43,7 @@ class Servers:
             assert any(question_of(messages).endswith(f"\n{text.strip()}") for text in texts if text)
         self.asked.append(level)
         scores = self.rewards[level]
-        return [Rollout("", [], score, score > 0, False, {}, {"level": level}) for score in scores]
+        return [Rollout("", [], score, score > self.threshold, False, {}, {"level": level}) for score in scores]
 
 
 def drawn(plugin: Sage, run: FakeRun) -> Prompt:
@@ -56,8 +58,10 @@ def drawn(plugin: Sage, run: FakeRun) -> Prompt:
     return prompt
 
 
-def play(plugin: Sage, hints: dict | None, rewards: dict[int, list[float]]) -> tuple[Prompt, list[float], Servers]:
-    servers = Servers(hints, rewards)
+def play(
+    plugin: Sage, hints: dict | None, rewards: dict[int, list[float]], threshold: float
+) -> tuple[Prompt, list[float], Servers]:
+    servers = Servers(hints, rewards, threshold=threshold)
     servers.prompt = prompt = drawn(plugin, servers.run)
     rollouts = asyncio.run(plugin.rollout_group(servers.run, prompt, servers.sample))
     assert {rollout.outputs["level"] for rollout in rollouts} == {prompt.row["hint_used"]}
@@ -65,16 +69,16 @@ def play(plugin: Sage, hints: dict | None, rewards: dict[int, list[float]]) -> t
 
 
 def escalate(case: Case) -> dict:
-    assert case.param("success_threshold") == 0
-    by_level, last = np.array(case.input("rewards_by_level"), dtype=float), case.param("max_level")
-    assert by_level.shape[2] == case.param("group_size")
+    threshold, size = case.param("success_threshold", 0), case.param("group_size")
+    by_level, last = case.input("rewards_by_level"), case.param("max_level")
     found = {"level": [], "rewards": [], "accuracy": [], "prompts_rolled_out_at_level": np.zeros(last, dtype=int)}
     for place, hints in enumerate(case.input("hints")):
-        rewards = {level: by_level[level, place].tolist() for level in range(len(by_level))}
-        prompt, kept, servers = play(Sage(Sage.Config(max_level=last)), hints, rewards)
+        rewards = {level: groups[place] for level, groups in enumerate(by_level)}
+        prompt, kept, servers = play(Sage(Sage.Config(max_level=last)), hints, rewards, threshold)
+        assert len(kept) == size
         found["level"].append(prompt.row["hint_used"])
         found["rewards"].append(kept)
-        found["accuracy"].append(np.mean(np.array(kept) > 0))
+        found["accuracy"].append(np.mean(np.array(kept) > threshold))
         found["prompts_rolled_out_at_level"] += np.bincount(servers.asked, minlength=last + 1)[1:]
     return found
 

@@ -34,20 +34,25 @@ def schedule(case: Case) -> dict:
     return found
 
 
+def integers(values: list) -> torch.Tensor:
+    """Null, as where there is no answer, is 0."""
+    return torch.tensor([value or 0 for value in values], dtype=torch.int64)
+
+
 def rewards(case: Case) -> dict:
     """A response stops at its budget; the verifier finds an answer that was complete by then."""
-    caps, wanted = (torch.tensor(case.input(name)) for name in ("length_cap", "response_length"))
-    end, right = torch.tensor(case.input("answer_end")), torch.tensor(case.input("answer_correct")).bool()
+    columns = ("length_cap", "response_length", "answer_end", "answer_correct")
+    caps, wanted, end, right = (integers(case.input(name)) for name in columns)
     lengths = torch.minimum(caps, wanted)
-    verdict = right & (end > 0) & (end <= lengths)
-    responses = torch.full((len(caps), int(lengths.max())), OTHER)
-    finished = (wanted <= caps).nonzero()[:, 0]
+    verdict = (right > 0) & (end > 0) & (end <= lengths)
+    responses = torch.full((len(caps), max(int(lengths.max()), 1)), OTHER)
+    finished = ((wanted <= caps) & (wanted > 0)).nonzero()[:, 0]
     responses[finished, lengths[finished] - 1] = END
     mask = torch.arange(responses.shape[1]) < lengths[:, None]
     scores = torch.where(verdict, case.param("correct_reward", 1.0), case.param("wrong_reward", 0.0))
     batch = Batch.from_tensors(
         uid=[f"{row}-1-0" for row in range(len(caps))],
-        rm_scores=torch.zeros(mask.shape).scatter_(1, lengths[:, None] - 1, scores[:, None]),
+        rm_scores=torch.zeros(mask.shape).scatter_(1, (lengths[:, None] - 1).clamp(min=0), scores[:, None]),
         response_mask=mask,
         responses=responses,
         response_lengths=lengths,

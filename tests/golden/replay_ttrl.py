@@ -3,22 +3,31 @@
 from types import SimpleNamespace
 
 import torch
-from cases import Case
+from cases import Case, NotOffered
 from fakes import FakeRun
 from omegaconf import OmegaConf
 
 from verl_plugins import Batch
+from verl_plugins.reward.math_verify import Comparer
 from verl_plugins.reward.ttrl import Ttrl, majority
 
 END = 2
 METRICS = ("majority_ratio", "label_accuracy", "reward_accuracy", "ground_truth_ratio")
 
 
+def is_right(answer: str | None, truth: str | None, grader: str) -> bool:
+    if not answer or truth is None or grader == "exact":
+        return bool(answer) and answer == truth
+    return Comparer(1).compare(answer, truth).correct
+
+
 def replay(case: Case, expected: dict) -> dict:
     answers, truth = case.input("answers"), case.input("ground_truth")
     n, kept = len(answers), case.param("n_samples_per_prompt")
-    assert case.param("tie_break", "first_seen") == "first_seen", "there is no other rule"
-    plugin = Ttrl(Ttrl.Config(n_votes=n, grader=case.param("grader", "math"), missing=case.param("missing")))
+    if (rule := case.param("tie_break", "first_seen")) != "first_seen":
+        raise NotOffered(f"ties are never broken by {rule!r}")
+    grader, missing = case.param("grader", "math"), case.param("missing", "excluded")
+    plugin = Ttrl(Ttrl.Config(n_votes=n, grader=grader, missing=missing))
     batch = Batch.from_tensors(
         uid=["5-1-0"] * n,
         rm_scores=torch.zeros(n, 2),
@@ -26,7 +35,7 @@ def replay(case: Case, expected: dict) -> dict:
         responses=torch.full((n, 2), END),
         response_lengths=torch.full((n,), 2),
         answer=answers,
-        acc=[float(answer == truth) for answer in answers],
+        acc=[float(is_right(answer, truth, grader)) for answer in answers],
         reward_model=[{"ground_truth": truth}] * n,
         budget=2,
         tokenizer=SimpleNamespace(eos_token_id=END),
@@ -39,8 +48,9 @@ def replay(case: Case, expected: dict) -> dict:
     codes = plugin.votes(given)[0]
     winner, ballots = majority(codes, batch.groups.index.numpy(), batch.session.numpy(), 1)
     label = given[winner[0]] if winner[0] >= 0 else ""
-    return {name: run.metrics[name] for name in METRICS} | {
-        "majority_answer": label or None,
+    blank = "" if expected.get("majority_answer") == "" and winner[0] >= 0 else None
+    return {name: run.metrics.get(name) for name in METRICS} | {
+        "majority_answer": label or blank,
         "majority_count": ballots[0],
         "rewards": batch.scores,
         "train_rewards": batch.scores[~batch.dropped],

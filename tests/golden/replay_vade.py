@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from cases import Case
+from cases import Case, in_order_of
 from fakes import FakeDataset, FakeRun
 
 from verl_plugins import Batch
@@ -22,7 +22,7 @@ from verl_plugins.sampling.vade import (
 def replay(case: Case, expected: dict) -> dict:
     op = case.param("op")
     assert op in OPS, f"unknown op {op!r}"
-    return OPS[op](case)
+    return OPS[op](case, expected)
 
 
 def state(case: Case) -> tuple[np.ndarray, np.ndarray]:
@@ -37,37 +37,36 @@ def decays(case: Case) -> tuple[float, float]:
     )
 
 
-def choice(case: Case, theta: np.ndarray) -> dict:
+def choice(case: Case, theta: np.ndarray, expected: dict) -> dict:
     eligible = case.input("eligible", None)
     if eligible is not None:
         eligible = np.array(eligible, dtype=bool)
     score = case.param("score", "infogain")
-    return {
-        "theta": theta,
-        "score": information_gain(theta, score),
-        "selected_ids": select(theta, eligible, case.param("batch_size"), score),
-    }
+    ids = select(theta, eligible, case.param("batch_size"), score)
+    order = in_order_of(expected.get("selected_ids"), ids)  # a step asks all of them
+    return {"theta": theta, "score": information_gain(theta, score), "selected_ids": ids[order]}
 
 
-def replay_select(case: Case) -> dict:
-    return choice(case, np.array(case.input("theta")))
+def replay_select(case: Case, expected: dict) -> dict:
+    return choice(case, np.array(case.input("theta")), expected)
 
 
-def replay_greedy(case: Case) -> dict:
-    return choice(case, posterior_mean(*state(case)))
+def replay_greedy(case: Case, expected: dict) -> dict:
+    return choice(case, posterior_mean(*state(case)), expected)
 
 
-def replay_update(case: Case) -> dict:
+def replay_update(case: Case, expected: dict) -> dict:
     alpha, beta = state(case)
-    ids, correct, n = (np.array(case.input(key)) for key in ("observed_ids", "correct", "n_rollouts"))
+    columns = ("observed_ids", "correct", "n_rollouts")
+    ids, correct, n = (np.array(case.input(key), dtype=np.int64) for key in columns)
     asked, place = np.unique(ids[n > 0], return_inverse=True)
     right, total = (np.bincount(place, values[n > 0], minlength=len(asked)) for values in (correct, n))
     decay_and_add(alpha, beta, asked, right, total, *decays(case))
     return {"alpha": alpha, "beta": beta}
 
 
-def replay_select_then_update(case: Case) -> dict:
-    return replay_select(case) | replay_update(case)
+def replay_select_then_update(case: Case, expected: dict) -> dict:
+    return replay_select(case, expected) | replay_update(case, expected)
 
 
 def batch_of(ids: np.ndarray, correct: np.ndarray, n: int) -> Batch:
@@ -81,7 +80,7 @@ def batch_of(ids: np.ndarray, correct: np.ndarray, n: int) -> Batch:
     )
 
 
-def replay_trajectory(case: Case) -> dict:
+def replay_trajectory(case: Case, expected: dict) -> dict:
     """The hooks of the plugin, step after step; only the draw is given."""
     thetas, outcomes = np.array(case.input("theta")), np.array(case.input("correct_if_selected"))
     count, n, score = case.param("batch_size"), case.param("group_size"), case.param("score", "infogain")
@@ -93,17 +92,19 @@ def replay_trajectory(case: Case) -> dict:
         run.rng = lambda name, theta=theta: SimpleNamespace(beta=lambda p, q: theta.copy())
         ids = plugin.select_prompts(run, count)
         plugin.observe(run, batch_of(ids, outcome[ids], n))
-        found["selected_ids"].append(ids)
+        wanted = expected.get("selected_ids")
+        found["selected_ids"].append(ids[in_order_of(wanted[step - 1] if wanted else None, ids)])
         found["alpha"].append(plugin.alpha.copy())
         found["beta"].append(plugin.beta.copy())
         found["effective_ratio"].append(run.metrics["effective_ratio"])
     return found
 
 
-def replay_count(case: Case) -> dict:
+def replay_count(case: Case, expected: dict) -> dict:
     columns = ("prompt_id", "session_id", "output_index", "score", "is_padding")
-    prompt, session, turn, score, padding = (np.array(case.input(key)) for key in columns)
-    real = ~padding.astype(bool)
+    kinds = (np.int64, np.int64, np.int64, np.float64, bool)
+    prompt, session, turn, score, padding = (np.array(case.input(k), t) for k, t in zip(columns, kinds, strict=True))
+    real = ~padding
     batch = Batch.from_tensors(
         uid=[f"{name}-1-0" for name in prompt[real]],
         session=session[real],
@@ -113,10 +114,13 @@ def replay_count(case: Case) -> dict:
         acc=score[real].tolist(),
     )
     plugin = Vade(Vade.Config(metric="acc", correct_threshold=case.param("correct_threshold", 0.5)))
-    return dict(zip(("prompt_ids", "correct", "n_rollouts"), plugin.evidence(batch), strict=True))
+    found = plugin.evidence(batch)
+    order = in_order_of(expected.get("prompt_ids"), found[0])
+    names = ("prompt_ids", "correct", "n_rollouts")
+    return {name: values[order] for name, values in zip(names, found, strict=True)}
 
 
-def replay_moments(case: Case) -> dict:
+def replay_moments(case: Case, expected: dict) -> dict:
     alpha, beta = state(case)
     mean = posterior_mean(alpha, beta)
     return {
@@ -127,7 +131,7 @@ def replay_moments(case: Case) -> dict:
     }
 
 
-def replay_frequency(case: Case) -> dict:
+def replay_frequency(case: Case, expected: dict) -> dict:
     alpha, beta = state(case)
     draws, count, score = case.param("min_draws"), case.param("batch_size"), case.param("score", "infogain")
     rng = np.random.default_rng(0)
@@ -138,7 +142,7 @@ def replay_frequency(case: Case) -> dict:
     return {"frequency": np.bincount(chosen.flatten(), minlength=len(alpha)) / draws}
 
 
-def replay_simulate(case: Case) -> dict:
+def replay_simulate(case: Case, expected: dict) -> dict:
     """Training without a model: Bernoulli outcomes, the plugin's own draws."""
     true_p = np.array(case.input("true_p"))
     count, n, last = case.param("batch_size"), case.param("group_size"), case.param("measure_last")

@@ -12,7 +12,7 @@ Against GRPO: right and wrong answers of a prompt no longer weigh the same, and 
 p = 1 several times as much and loses the identity the paper builds on, and omega as the mean over prompts, where a
 response without siblings counts 0. The released trainer never reaches that function.
 
-Degenerate cases. Equal rewards: exactly 0. Omega 0: all 0. A response without siblings: mean 0 and std 1, as in verl.
+Degenerate cases. Equal rewards and a response without siblings: exactly 0. Omega 0: all 0.
 """
 
 from __future__ import annotations
@@ -63,16 +63,13 @@ def asymmetric_advantage(
     scores: Tensor, accuracy: Tensor, groups: Groups, config: AGrae.Config
 ) -> tuple[Tensor, Tensor, float]:
     """Scores and accuracies in [0, 1], both [rows] -> advantage [rows], mean accuracy of each prompt [G], omega."""
-    omega, several = proficiency(accuracy, groups, config.variant), groups.per_group(groups.count() > 1)
+    omega = proficiency(accuracy, groups, config.variant)
     mean, std = (groups.per_group(values) for values in groups.moments(scores))
     rate = mean if accuracy is scores else groups.per_group(groups.mean(accuracy))
     factor = attention_shift(rate, omega, config.sample_level, config.variant)
-    if config.variant == "code":
-        factor = torch.where(several, factor, 1.0)
     if config.scale == "std":
-        factor = factor / (torch.where(several, std, 1.0) + config.epsilon)
-    baseline = torch.where(several, mean, 0.0)
-    advantage = (scores - baseline.index_select(0, groups.index)) * factor.index_select(0, groups.index)
+        factor = factor / (std + config.epsilon)
+    advantage = (scores - mean.index_select(0, groups.index)) * factor.index_select(0, groups.index)
     positive = positive_scale(omega, config.alpha, config.group_level)
     return torch.where(advantage > 0, positive * advantage, advantage), rate, omega
 

@@ -13,8 +13,8 @@ Against GRPO: that divides by sqrt(p(1-p)), which is f at alpha = beta = 3/2, wh
 alpha = beta = 1 is REINFORCE with the prompt's mean as baseline.
 
 Degenerate cases, where the authors' code fails or gives NaN: all prompts at one rate, or fewer than two prompts with
-two or more responses, give alpha = beta = 1. A response without siblings has A = s, and does not count in mu and v.
-Equal scores within a prompt: exactly 0.
+two or more responses, give alpha = beta = 1. Equal scores within a prompt: exactly 0; so it is for a response without
+siblings (the authors: A = s, times up to 1e6), which does not count in mu and v.
 """
 
 from __future__ import annotations
@@ -80,12 +80,11 @@ class Normalised(NamedTuple):
 
 
 def normalise(scores: Tensor, groups: Groups) -> Normalised:
-    """Scores [rows] in [0, 1] -> advantage; 0 where all scores of a group are equal, the score in groups of one."""
+    """Scores [rows] in [0, 1] -> advantage; 0 where all scores of a group are equal, and in groups of one."""
     rate, several = groups.per_group(groups.mean(scores)), groups.per_group(groups.count() > 1)
     found = fit(rate[several])
-    weight = torch.where(several, inverse_density(rate, found.alpha, found.beta), 1.0).to(scores.dtype)
-    baseline = torch.where(several, rate, 0.0)
-    advantage = weight.index_select(0, groups.index) * (scores - baseline.index_select(0, groups.index))
+    weight = inverse_density(rate, found.alpha, found.beta).to(scores.dtype)
+    advantage = weight.index_select(0, groups.index) * (scores - rate.index_select(0, groups.index))
     return Normalised(advantage, rate, weight, several, found)
 
 

@@ -15,8 +15,9 @@ So a scattered group learns from its own mean, a unanimous one from how it compa
 The authors take w · loss(A) + (1 - w) · loss(G), two clipped losses: `form: two_losses`. The blend of advantages is the
 same as long as A and G have one sign or the policy has not moved, and needs nothing in the workers.
 
-Degenerate cases. One prompt, or all with the same R: G is exactly 0. All right or all wrong: A is exactly 0. A single
-response: A is r / (1 + epsilon) and H is 0, as in the authors' code.
+Degenerate cases. One prompt, or all with the same R: G is exactly 0. All right or all wrong, or a single response: A is
+exactly 0 (the authors: of a single one r / (1 + epsilon)). H of a single response is 0, and its prompt is compared with
+the others all the same: G stays.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ GLOBAL, WEIGHT = "copo_global", "copo_local_weight"
 """Fields of `form: two_losses`."""
 
 
-def binary_scores(batch: Batch, plugin: str) -> Tensor:
-    """The scores [B].
+def binary_scores(batch: Batch, plugin: str, otherwise: str = "") -> Tensor:
+    """The scores [B]; `otherwise` ends the error's sentence.
 
     Raises:
         DataError: one of them is neither 0 nor 1.
@@ -47,7 +48,7 @@ def binary_scores(batch: Batch, plugin: str) -> Tensor:
     for row in ((scores != 0) & (scores != 1)).nonzero()[:1, 0].tolist():
         raise DataError(
             f"{plugin}: the score of row {batch.keys[row]} is {float(scores[row]):g}, expected 0 for wrong or 1 for "
-            "right; use a scorer that gives these, and no shaped rewards"
+            f"right; use a scorer that gives these, and no shaped rewards{otherwise}"
         )
     return scores
 
@@ -72,15 +73,6 @@ def answer_entropy(answers: np.ndarray, groups: Groups, distinct_missing: bool =
     count = groups.count()
     share = torch.from_numpy(same) / count.double()
     return groups.sum(-(share + 1e-8).log2()) / count  # the mean over responses is the sum over answers
-
-
-def local_advantage(
-    scores: Tensor, mean: Tensor, std: Tensor, groups: Groups, scale: str = "std", epsilon: float = 1e-6
-) -> Tensor:
-    """A [B] from the moments of each row's group; of a single response its score, by the rule mean 0 and std 1."""
-    single = groups.count() == 1
-    centred = torch.where(single, scores, scores - mean)
-    return centred if scale == "none" else centred / (torch.where(single, 1, std) + epsilon)
 
 
 def prompt_return(mean: Tensor, entropy: Tensor, groups: Groups, coefficient: bool = False) -> Tensor:
@@ -176,7 +168,7 @@ class Copo(Plugin):
         answers = self.answers(batch)
         entropy = answer_entropy(answers, groups, config.missing == "distinct")
         mean, std = groups.moments(scores)
-        local = local_advantage(scores, mean, std, groups, config.scale, config.epsilon)
+        local = scores - mean if config.scale == "none" else (scores - mean) / (std + config.epsilon)
         returns = prompt_return(mean.double(), entropy, groups, config.reward_coefficient)
         across = global_advantage(returns, groups, config.scale, config.epsilon)
         weight = local_weight(entropy, scores, config.gamma, config.rho, config.gate)

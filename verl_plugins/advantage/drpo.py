@@ -79,6 +79,9 @@ class Drpo(Plugin):
         beta: float = setting(1e3, "weight of the trust region; 0 leaves it out", authors=1e3, ge=0)
         delta: float = setting(1e-4, "mean change of the log-prob that costs nothing", authors=1e-4, ge=0)
         kl_type: str = setting("kl", "estimator of the change", authors="kl", choices=("kl", "low_var_kl"))
+        correct_threshold: float | None = setting(
+            None, "a score above it is right, any other wrong, as for scores of ±1; default: scores must be 0 or 1"
+        )
         negatives: str = setting(
             "current",
             "weights of wrong answers: of the current policy over the driver's sum, over the micro-batch's, or the "
@@ -96,8 +99,8 @@ class Drpo(Plugin):
             )
         if OmegaConf.select(config, "algorithm.use_kl_in_reward"):
             raise CompositionError(
-                "algorithm.use_kl_in_reward=true changes the rewards of 0 and 1 that plugins.drpo needs; set it to "
-                "false, the trust region holds the policy"
+                "algorithm.use_kl_in_reward=true changes the scores that plugins.drpo goes by; set it "
+                "to false, the trust region holds the policy"
             )
         if config.actor_rollout_ref.rollout.n < 2:
             raise CompositionError(
@@ -114,7 +117,7 @@ class Drpo(Plugin):
     @hookimpl
     def estimate_advantage(self, run: Run, batch: Batch) -> Tensor:
         config, groups = self.config, batch.groups
-        right = binary_scores(batch, self.name) == 1
+        right = self._right(batch)
         for row in (~batch.is_last).nonzero()[:1, 0].tolist():
             raise DataError(
                 f"drpo: row {batch.keys[row]} is not the only output of its session, and a response needs one length; "
@@ -136,6 +139,13 @@ class Drpo(Plugin):
         # The aggregation divides by rows, the objective by prompts.
         share = len(batch) / max(prompts, 1) / lengths.clamp(min=1)
         return mask.mul_((weights * share).float()[:, None])
+
+    def _right(self, batch: Batch) -> Tensor:
+        """[B] bool"""
+        threshold = self.config.correct_threshold
+        if threshold is not None:
+            return batch.scores > threshold
+        return binary_scores(batch, self.name, ", or set plugins.drpo.correct_threshold") == 1
 
     @hookimpl
     def policy_loss(self, tokens: Tokens) -> Tensor:

@@ -152,8 +152,13 @@ def track(quantiles: Tensor, scores: Tensor, lr: float) -> Tensor:
 
 
 def at_level(quantiles: Tensor, level: float) -> Tensor:
-    """The tracked quantile of the nearest level, of two equally near ones the lower."""
-    return quantiles[int(np.argmin((LEVELS - level).abs().numpy().round(9)))]
+    """The tracked quantile of the nearest level."""
+    return quantiles[nearest(level)]
+
+
+def nearest(level: float) -> int:
+    """The place in LEVELS of the nearest one, of two equally near ones the lower."""
+    return int(np.argmin((LEVELS - level).abs().numpy().round(9)))
 
 
 def averages(quantiles: Tensor, low: Tensor, high: Tensor, natural_baseline: bool) -> list[float]:

@@ -19,7 +19,8 @@ prompt of the group they join, and log-probs of the current policy (`old_log_pro
 them); by default they replace as many answers of the group, drawn at random, so that the batch keeps its size, and a
 second draw takes the place of another prompt. The mean outcome counts all answers ever seen, not only those stored.
 
-Degenerate cases: nothing stored, the group stays as it is; one ranked answer gets 0; a single answer has mean 0, std 1.
+Degenerate cases: nothing stored, the group stays as it is; one ranked answer gets 0; so does a single answer
+with none replayed beside it.
 """
 
 from __future__ import annotations
@@ -73,11 +74,9 @@ def mixed_advantage(
     Args:
         scores: [B] rewards of answers, replayed ones with their stored reward.
         replayed: [B] bool.
-        groups: answers of one draw together with those replayed for it; a group of one has mean 0 and std 1.
+        groups: answers of one draw together with those replayed for it; a group of one gets 0.
     """
     mean, std = groups.moments(scores)
-    alone = groups.count() == 1
-    mean, std = mean.masked_fill(alone, 0), std.masked_fill(alone, 1)
     damped = groups.any(replayed) if scope == "group" else replayed
     return (scores - mean) / (torch.where(damped, alpha * std, std) + epsilon)
 

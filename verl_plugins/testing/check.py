@@ -20,7 +20,7 @@ About each stage (the law is then called `law.stage`, as in `row_order.select_ro
     micro_batches the loss of a row does not depend on what else is in its micro-batch
     ranks         nor on which rank computes the micro-batch, and metrics, logged by some ranks only, are the same
     state         state_dict, a checkpoint and load_state_dict: as if nothing had been interrupted
-    lonely_group  a group of one response is dealt with, or refused with a PluginError
+    lonely_group  a group of one response has advantage 0, or is refused with a PluginError
 About recorded cases:
     golden.<case> the replay gives what is expected
 """
@@ -266,7 +266,8 @@ class _Check:
         except StageFailed as failure:
             if not isinstance(failure.error, PluginError):
                 self._add("lonely_group", f"{failure}{words}", failure.stage)
-        self._new_faults("lonely_group", episode, base, words)
+        if not any(fault.stage == "estimate_advantage" for fault in self.open()):
+            self._new_faults("lonely_group", episode, base, words)
 
     def _save(self, episode: Episode, folder: Path) -> _Saved | None:
         """A checkpoint, as the trainer writes it and reads it again."""

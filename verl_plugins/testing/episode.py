@@ -329,6 +329,8 @@ class Episode:
                 self.recorder.fault(
                     "result", "estimate_advantage", "gives an advantage that is not 0 outside the response mask"
                 )
+            if self._change.lonely:
+                self._require_zero_for_lone_rows(batch, full, advantages)
             self._record(run, "estimate_advantage", "the advantage of row", batch, advantages)
         columns = {"advantages": advantages.detach().float() * batch.response_mask}
         rows = self._rows_to_continue_with(run.step, "estimate_advantage", rows, columns)
@@ -336,6 +338,16 @@ class Episode:
         if "observe" in self._own:
             self._driver("observe", run, batch=batch)
         return self._rows_to_continue_with(run.step, "observe", rows, batch.written), set(batch.written)
+
+    def _require_zero_for_lone_rows(self, batch: Batch, full: Batch, advantages: Tensor) -> None:
+        lone = (batch.groups.count() == 1) & batch.from_full(full.groups.count() == 1)
+        for row in (lone & advantages.any(1)).nonzero()[:1, 0].tolist():
+            given = float(advantages[row].abs().max())
+            self.recorder.fault(
+                "lonely_group",
+                "estimate_advantage",
+                f"gives an advantage of size {given:.6g} to a response that has none to compare with",
+            )
 
     def _batch(self, rows: Table, known: Sequence[str] | set[str], full: Batch | None = None) -> Batch:
         """A batch with tensors of its own, and those of the policy's fields that are known by then."""

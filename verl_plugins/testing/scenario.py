@@ -121,7 +121,7 @@ class Change:
     ranks: int = 1
     """Actor workers over which micro-batches are spread."""
     lonely: bool = False
-    """All responses but one of the last group failed. No law: only results must still be sound."""
+    """All responses but one of the last group failed; that one, which is right, has nothing to compare with."""
 
 
 class Table:

@@ -153,15 +153,17 @@ class TestOmega:
         found = estimate(uid, scores, correctness_key="acc", fields=fields, group_level="none")
         assert (found != 0).all()
 
-    def test_a_lone_response_is_as_in_verl(self):
-        rows = groups_of([1], [1, 0, 0])
-        for variant, omega in (("paper", 0.5), ("code", 1 / 6)):
-            assert estimate(*rows, variant=variant)[0] == pytest.approx(omega)
-        assert estimate(*rows, group_level="none")[0] == pytest.approx(1)
-        assert estimate(*rows, group_level="none", scale="none")[0] == 1
+    @pytest.mark.parametrize("score", [0.0, 0.5, 1.0])
+    @pytest.mark.parametrize("variant", ["paper", "code"])
+    @pytest.mark.parametrize("scale", ["std", "none"])
+    def test_a_lone_response_gets_nothing(self, score, variant, scale):
+        for level in ("dynamic", "none"):
+            found = estimate(*groups_of([score], [1, 0, 0]), variant=variant, scale=scale, group_level=level)
+            assert found[0] == 0 and (found[1:] != 0).all()
 
-    def test_the_code_does_not_rescale_a_lone_response(self):
-        assert estimate(*groups_of([0.5], [1, 0, 0]), variant="code", group_level="none")[0] == pytest.approx(0.5)
+    def test_a_lone_response_counts_in_omega(self):
+        assert self.omega(groups_of([1], [1, 0, 0])) == pytest.approx(0.5)
+        assert self.omega(groups_of([1], [1, 0, 0]), variant="code") == pytest.approx(1 / 6)
 
 
 class TestRefusals:

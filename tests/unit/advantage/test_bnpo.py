@@ -128,12 +128,13 @@ class TestAdvantage:
     def test_one_prompt_is_reinforce_with_its_mean(self):
         assert estimate(*groups_of([1, 0, 1, 0, 0])).tolist() == pytest.approx([0.6, -0.4, 0.6, -0.4, -0.4])
 
-    def test_a_lone_response_keeps_its_score_and_is_no_part_of_the_fit(self):
+    @pytest.mark.parametrize("score", [0.0, 0.4, 1.0])
+    def test_a_lone_response_gets_nothing_and_is_no_part_of_the_fit(self, score):
         groups = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]]
         run, alone = FakeRun(), FakeRun()
-        with_it = estimate(*groups_of(*groups, [1]), run)
+        with_it = estimate(*groups_of(*groups, [score]), run)
         without = estimate(*groups_of(*groups), alone)
-        assert with_it[-1] == 1
+        assert with_it[-1] == 0
         assert torch.equal(with_it[:-1], without)
         assert run.metrics == pytest.approx(alone.metrics | {"advantage_var": run.metrics["advantage_var"]})
 

@@ -150,8 +150,7 @@ class TestAdvantage:
     def test_between_local_and_global(self, rows):
         uid, scores, _ = rows
         groups, given = Groups(uid), torch.tensor(scores)
-        single = groups.count() == 1
-        local = torch.where(single, given, grpo_advantage(given, groups))
+        local = grpo_advantage(given, groups)
         across = global_advantage(groups.mean(given), groups)
         found = estimate(*rows, gate="soft")
         low, high = torch.minimum(local, across) - 1e-5, torch.maximum(local, across) + 1e-5
@@ -176,10 +175,10 @@ class TestAdvantage:
         uid = [f"{row % 2}-1-0" for row in range(2 * size)]
         assert (estimate(uid, [score] * 2 * size, ["1"] * 2 * size) == 0).all()
 
-    def test_a_single_response_counts_as_its_score(self):
+    def test_a_single_response_has_its_prompts_part_alone(self):
         uid, scores = ["1-1-0", "2-1-0", "2-1-0"], [1.0, 1.0, 0.0]
         found = estimate(uid, scores, ["1", "1", "2"], scale="none", gate="soft", gamma=1e3, rho=0.0)
-        assert float(found[0]) == pytest.approx(0.5 * 1.0 + 0.5 * 0.25, abs=1e-3), "entropy 0 is the gate's middle"
+        assert float(found[0]) == pytest.approx(0.5 * 0.25, abs=1e-3), "entropy 0 is the gate's middle"
 
     def test_rewards_are_used_when_nothing_is_divided(self):
         """The authors' code without std forgets the rewards in the gate, so that all is global."""

@@ -303,7 +303,30 @@ class TestData:
     def test_other_rewards_are_refused(self, score, sentence):
         with pytest.raises(DataError) as error:
             estimate(make_batch(["1-1-0"] * 2, [1.0, score], [2, 2]))
-        sentence(error.value, "drpo", "row 1-1-0_1_0", f"{score:g}", "expected 0 for wrong or 1")
+        sentence(
+            error.value,
+            *("drpo", "row 1-1-0_1_0", f"{score:g}", "expected 0 for wrong or 1", "plugins.drpo.correct_threshold"),
+        )
+
+    @pytest.mark.parametrize(("wrong", "right", "threshold"), [(-1, 1, 0), (0, 1, 0.5), (0.25, 2, 0.25), (-3, -1, -2)])
+    def test_scores_of_another_scale(self, wrong, right, threshold):
+        """A score at the threshold is wrong."""
+        uid, truth, lengths = ["1-1-0"] * 4 + ["2-1-0"] * 2, [True, False, True, False, True, True], [2, 3, 4, 1, 2, 3]
+        scores = [float(right if one else wrong) for one in truth]
+        found = estimate(make_batch(uid, scores, lengths), correct_threshold=threshold)
+        assert torch.equal(found, estimate(make_batch(uid, truth, lengths)))
+        assert (found[[0, 2], 0] > 0).all() and (found[[1, 3], 0] < 0).all() and not found[4:].any()
+
+    @pytest.mark.parametrize("lengths", [[0, 3, 2], [2, 0, 3], [0, 0, 2], [0, 0, 0]])
+    def test_responses_without_tokens(self, lengths):
+        """They are neither right nor wrong, and a prompt of which nothing is left is not counted."""
+        rows = (["1-1-0"] * 3 + ["2-1-0"] * 2, [True, False, False, True, False], [*lengths, 2, 2])
+        found = per_sequence(make_batch(*rows))
+        assert torch.isfinite(found).all() and not found[:3][torch.tensor(lengths) == 0].any()
+        prompts = 1 + any(lengths)
+        assert found[3:].tolist() == pytest.approx([1 / prompts, -1 / prompts])
+        if lengths[0] and lengths[2]:
+            assert found[:3].tolist() == pytest.approx([0.5, 0, -0.5])
 
     def test_sessions_of_several_outputs_are_refused(self, sentence):
         batch = make_batch(["1-1-0"] * 3, [True, True, False], [2, 2, 2], session=[0, 0, 1], turn=[0, 1, 0])

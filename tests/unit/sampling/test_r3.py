@@ -133,6 +133,13 @@ class TestAdvantage:
         none = torch.zeros(8, dtype=torch.bool)
         torch.testing.assert_close(mixed_advantage(scores, none, groups, 2.0, 1e-6), grpo_advantage(scores, groups))
 
+    @pytest.mark.parametrize("scope", ["group", "replay_rows"])
+    def test_a_single_answer_gets_something_only_beside_a_replayed_one(self, scope):
+        scores, replayed = torch.tensor([1.5, 0.0, 1.0]), torch.tensor([False, False, True])
+        found = mixed_advantage(scores, replayed, Groups(["a", "b", "b"]), 1.0, 1e-6, scope)
+        assert found[0] == 0
+        assert found[1:].tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5], abs=1e-4)
+
     def test_alpha_damps_only_mixed_groups(self):
         scores, replayed = torch.tensor([0.0, 0, 1, 0, 1]), torch.tensor([False, False, True, False, False])
         groups = Groups(["a", "a", "a", "b", "b"])

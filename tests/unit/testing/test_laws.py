@@ -21,6 +21,9 @@ FIRST = {"row_order.select_rows": "of several responses at the median the first 
 TIES = "where all advantages are equal so are the covariances, and any of the tokens may be the largest"
 BY_CHANCE = "as in the authors' code, candidates are numbered in row order and drawn by number"
 PER_CALL = "as in the authors' code, means, counts and draws are per micro-batch; scope: batch does without"
+LONE = {"lonely_group.estimate_advantage": "prompts are compared with each other, the lone response's as well"}
+LONE_QUANTILES = {"lonely_group.estimate_advantage": "tracked quantiles of earlier steps are compared with"}
+LONE_TERM = {"lonely_group.estimate_advantage": "the term that is added looks at the response alone"}
 TRUST_REGION = "as in the authors' code, the drift that is penalised is the mean of the micro-batch"
 SUMS_PER_ROW = Scenario(overrides={"actor_rollout_ref.actor.loss_agg_mode": "seq-mean-token-sum"})
 WITH_BONUS = Scenario(overrides={"actor_rollout_ref.actor.entropy_coeff": 0.001})
@@ -44,9 +47,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"config": {"variant": "paper_llm"}},
     ],
     "riskpo": [
-        {"config": {"bundle_size": 2}},
+        {"config": {"bundle_size": 2}, "except_for": LONE_QUANTILES},
         {"config": {"quantiles": "batch", "credit": "std", "natural_baseline_adv": True}},
-        {"config": {"quantiles": "mix", "mean_baseline": True, "credit": "score"}},
+        {"config": {"quantiles": "mix", "mean_baseline": True, "credit": "score"}, "except_for": LONE_QUANTILES},
     ],
     "vade": [{}, {"config": {"mode": "greedy", "score": "variance"}}, {"config": {"metric": "acc"}}],
     "mopps": [{}, {"config": {"strategy": "threshold", "pool_ratio": 2, "decay": 0.5}}, {"config": {"metric": "acc"}}],
@@ -77,7 +80,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"config": {"scope": "batch"}},
         {"config": {"map": "linear", "scope": "batch"}},
     ],
-    "dcpo": [{}, {"config": {"entropy_source": "previous_mc", "entropy_base": 0.5}}],
+    "dcpo": [
+        {"except_for": LONE_TERM},
+        {"config": {"entropy_source": "previous_mc", "entropy_base": 0.5}, "except_for": LONE_TERM},
+    ],
     "epo": [
         {"scenario": WITH_BONUS, "config": {"schedule": "constant", "max_ratio": 1.2}},
         {"scenario": WITH_BONUS, "config": {"smooth_mode": "sequence", "gate_scope": "row", "gate_turn": 0}},
@@ -98,8 +104,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"scenario": SOLVED, "config": {"hint_max_tokens": 64, "variant": "sage-light"}},
     ],
     "entropy_law": [{"scenario": Scenario(overrides={"trainer.test_freq": 1}), "config": {"min_points": 2}}],
-    "progrpo": [{}, {"config": {"prompt_scope": "low", "skip_all_correct": True}}],
-    "copo": [{}, {"config": {"form": "two_losses", "gate": "soft", "reward_coefficient": True}}],
+    "progrpo": [{"except_for": LONE_TERM}, {"config": {"prompt_scope": "low", "skip_all_correct": True}}],
+    "copo": [
+        {"except_for": LONE},
+        {"config": {"form": "two_losses", "gate": "soft", "reward_coefficient": True}},
+    ],
     "drpo": [
         {"scenario": SUMS_PER_ROW, "except_for": {"micro_batches.policy_loss": TRUST_REGION}},
         {"scenario": SUMS_PER_ROW, "config": {"beta": 0.0}},

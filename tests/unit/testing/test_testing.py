@@ -81,7 +81,8 @@ class Sound(Plugin):
         total = sum((field * batch.response_mask).sum(1) for field in fields) + batch.prompt_log_probs.sum(1)
         centred = batch.full.scores - batch.full.groups.mean(batch.full.scores)
         asked = run.log_probs(batch).sum(1) + torch.stack([row.sum() for row in run.score(batch.text, batch.text)])
-        return batch.to_tokens(self.config.scale * batch.from_full(centred) + 0.01 * (total + asked))
+        several = batch.from_full(batch.full.groups.count() > 1)
+        return batch.to_tokens(several * (self.config.scale * batch.from_full(centred) + 0.01 * (total + asked)))
 
     @hookimpl
     def observe(self, run, batch):
@@ -160,7 +161,7 @@ def test_settings_and_columns_reach_the_plugin() -> None:
     def estimate_advantage(self, run, batch):
         assert run.config.data.max_response_length == 10
         assert run.config.plugins.broken.bound == 3.0
-        return batch.to_tokens(torch.tensor(batch.extra("level")) * batch.scores)
+        return torch.tensor(batch.extra("level"))[:, None] * centred(batch)
 
     class Config:
         bound: float = setting(1.0, "a bound")
@@ -195,6 +196,19 @@ def test_a_group_of_one_may_be_refused() -> None:
         return centred(batch)
 
     check_plugin(broken(estimate_advantage=estimate_advantage))
+
+
+@pytest.mark.parametrize("score", [1.0, 0.25, -1.0])
+def test_a_lone_response_gets_nothing(score: float) -> None:
+    def estimate_advantage(self, batch):
+        alone = batch.groups.count() == 1
+        return torch.where(alone[:, None], batch.to_tokens(torch.full((len(batch),), score)), centred(batch))
+
+    plugin = broken(estimate_advantage=estimate_advantage)
+    told = rf"lonely_group.estimate_advantage: gives an advantage of size {abs(score):g} to a response that has none"
+    with pytest.raises(PluginCheckError, match=told):
+        check_plugin(plugin)
+    check_plugin(plugin, except_for={"lonely_group.estimate_advantage": "it is compared with the prompt"})
 
 
 def test_needs_no_verl() -> None:
@@ -270,7 +284,8 @@ def remember(self, batch):
 
 
 def by_position(self, batch):
-    return batch.to_tokens(batch.scores.view(-1)[torch.arange(len(batch)) // 2])
+    several = batch.groups.count() > 1
+    return batch.to_tokens(several * batch.scores[torch.arange(len(batch)) // 2])
 
 
 def counting(self, run, batch):

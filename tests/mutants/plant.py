@@ -1,0 +1,245 @@
+"""Planted errors: cosmic-ray's small changes of a file, one at a time, and which of them its tests do not notice.
+
+    python tests/mutants/plant.py [FILE…] [--sample N] [--seed S] [--again]
+
+`mutants.yaml` says which tests belong to which file, and which changes are no errors and why. Every change is tried in
+a process that is forked after torch has been imported, and never written to the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib.machinery
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+CONFIG = yaml.safe_load(Path(__file__).with_name("mutants.yaml").read_text(encoding="utf-8"))
+RESULTS = ROOT / ".mutants"
+GOLDEN = ROOT / "tests/golden"
+SWAPS = {
+    *("Add_Sub", "Sub_Add", "Mul_Div", "Div_Mul", "FloorDiv_Div", "Mod_FloorDiv", "Pow_Mul", "BitAnd_BitOr"),
+    *("BitOr_BitAnd", "MatMul_Mul", "Lt_LtE", "LtE_Lt", "Gt_GtE", "GtE_Gt", "Eq_NotEq", "NotEq_Eq", "Is_IsNot"),
+    *("IsNot_Is", "In_NotIn", "NotIn_In", "Lt_Gt", "Gt_Lt", "UAdd_USub", "Delete_USub", "USub_UAdd", "Delete_Not"),
+    *("Delete_Invert", "Delete_UAdd"),
+}
+"""The replacements of operators that are made, of all that cosmic-ray knows."""
+WARM_UP = ("tests/unit/advantage/test_grpo.py", "tests/unit/sampling/test_sage.py")
+OTHERS = {
+    *("NumberReplacer", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "ReplaceAndWithOr", "ReplaceOrWithAnd"),
+    *("ReplaceBreakWithContinue", "ReplaceContinueWithBreak", "ZeroIterationForLoop"),
+}
+
+
+class Mutant(NamedTuple):
+    """One change of a file."""
+
+    line: int
+    before: str
+    after: str
+    """The line, without the space around it."""
+    source: str
+    """The whole file as changed."""
+
+    @property
+    def key(self) -> str:
+        return f"{self.before} => {self.after}"
+
+
+def operators() -> Iterator[Any]:
+    from cosmic_ray.plugins import get_operator, operator_names
+
+    for name in sorted(operator_names()):
+        short = name.rpartition("/")[2]
+        if short in OTHERS or any(short.endswith(f"_{swap}") for swap in SWAPS):
+            yield get_operator(name)()
+
+
+def left_out(source: str) -> list[tuple[int, int]]:
+    """First and last position, as line and column, of what states or says something and computes nothing."""
+    spans = []
+    for node in ast.walk(ast.parse(source)):
+        parts: list[Any] = [getattr(node, name, None) for name in ("annotation", "returns")]
+        parts += getattr(node, "decorator_list", [])
+        if isinstance(node, ast.Raise) or (isinstance(node, ast.ClassDef) and node.name == "Config"):
+            parts.append(node)
+        spans += [((p.lineno, p.col_offset), (p.end_lineno, p.end_col_offset)) for p in parts if p]
+    return spans
+
+
+def mutants(source: str) -> Iterator[Mutant]:
+    """Every change of a file's text."""
+    from cosmic_ray.ast import ast_nodes, get_ast
+    from cosmic_ray.mutating import mutate_code
+
+    spans, lines, seen = left_out(source), source.splitlines(), set()
+    for operator in operators():
+        places = (place for node in ast_nodes(get_ast(source)) for place in operator.mutation_positions(node))
+        for occurrence, (start, _) in enumerate(places):
+            if any(first <= start < last for first, last in spans):
+                continue
+            changed = mutate_code(source, operator, occurrence)
+            if changed is None or changed in seen:
+                continue
+            seen.add(changed)
+            pairs = zip(lines, changed.splitlines(), strict=False)
+            line = next(number for number, (old, new) in enumerate(pairs) if old != new)
+            yield Mutant(line + 1, lines[line].strip(), changed.splitlines()[line].strip(), changed)
+
+
+class Loader(importlib.machinery.SourceFileLoader):
+    """Reads one module with a change in it, without a cache."""
+
+    changed = ""
+
+    def get_data(self, path: str) -> bytes:
+        return self.changed.encode() if path == self.path else super().get_data(path)
+
+    def get_code(self, fullname: str) -> Any:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
+class Finder:
+    """Finds the one module that is changed."""
+
+    def __init__(self, file: Path, source: str) -> None:
+        self.name, self.file, self.source = ".".join(file.with_suffix("").parts), file, source
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != self.name:
+            return None
+        loader = Loader(name, str(ROOT / self.file))
+        loader.changed = self.source
+        return importlib.machinery.ModuleSpec(name, loader, origin=loader.path)
+
+
+def golden_folder(methods: Sequence[str], folder: Path) -> None:
+    """The recorded cases of some methods, as links."""
+    for method in methods:
+        for file in (GOLDEN / "data").glob(f"{method}*.json"):
+            if file.stem in (method, f"{method}_more"):
+                (folder / file.name).symlink_to(file)
+
+
+def run_tests(file: Path, source: str, tests: Sequence[str], golden: Path) -> int:
+    """pytest's exit status, in this process."""
+    import hypothesis
+    import pytest
+
+    hypothesis.settings.register_profile(
+        "mutants", max_examples=12, derandomize=True, deadline=None, database=None, phases=list(hypothesis.Phase)[:3]
+    )
+    hypothesis.settings.load_profile("mutants")
+    os.environ["VERL_PLUGINS_GOLDEN"] = str(golden)
+    sys.meta_path.insert(0, Finder(file, source))
+    paths = [*tests, *([str(GOLDEN)] if any(golden.iterdir()) else [])]
+    return int(pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *paths]))
+
+
+def survives(file: Path, source: str, tests: Sequence[str], golden: Path, limit: float) -> bool:
+    """Whether the tests pass in a forked process, within a limit in seconds."""
+    child = os.fork()
+    if not child:
+        os.setsid()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        status = 1
+        try:
+            status = run_tests(file, source, tests, golden)
+        finally:
+            os._exit(int(status != 0))
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status == 0
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
+
+
+def try_file(name: str, sample: int | None, seed: int, again: bool) -> Counter:
+    """Tries the changes of one file that have not been tried, or those that survived; prints what survives."""
+    file, entry = Path(name), CONFIG["files"][name]
+    source = (ROOT / file).read_text(encoding="utf-8")
+    record = RESULTS / f"{file.stem}.json"
+    known = json.loads(record.read_text()) if record.is_file() else {}
+    equivalent = {f"{one['before']} => {one['after']}" for one in CONFIG["equivalent"].get(name) or []}
+    found = [mutant for mutant in mutants(source) if mutant.key not in equivalent]
+    picked = found if sample is None else random.Random(seed).sample(found, min(sample, len(found)))
+    with tempfile.TemporaryDirectory() as folder:
+        golden = Path(folder)
+        golden_folder(entry.get("golden", []), golden)
+        begun = time.monotonic()
+        if not survives(file, source, entry["tests"], golden, 600):
+            sys.exit(f"{name}: its tests fail without any change")
+        limit = 20 + 5 * (time.monotonic() - begun)
+        for mutant in picked:
+            if mutant.key not in known or (again and known[mutant.key]):
+                known[mutant.key] = survives(file, mutant.source, entry["tests"], golden, limit)
+                record.write_text(json.dumps(known, indent=0))
+    for mutant in picked:
+        if known[mutant.key]:
+            print(f"{name}:{mutant.line}\n  - {mutant.before}\n  + {mutant.after}", flush=True)
+    alive = sum(known[mutant.key] for mutant in picked)
+    print(f"{name}: {len(picked) - alive} of {len(picked)} noticed, {len(found)} in all", flush=True)
+    return Counter(noticed=len(picked) - alive, planted=len(picked))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="*", default=[], help="of those in mutants.yaml; default: all")
+    parser.add_argument("--sample", type=int, help="changes tried per file; default: all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--again", action="store_true", help="try those that survived before once more")
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    RESULTS.mkdir(exist_ok=True)
+    prepare()
+    total = Counter()
+    for name in options.files or CONFIG["files"]:
+        total += try_file(name, options.sample, options.seed, options.again)
+    share = total["noticed"] / max(total["planted"], 1)
+    print(f"{total['noticed']} of {total['planted']} noticed, {share:.1%}; {CONFIG['least']:.0%} are asked for")
+    sys.exit(share < CONFIG["least"])
+
+
+def prepare() -> None:
+    """Import what takes long and is not changed: all that some tests import, but for this repository's own modules."""
+    import torch
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        golden_folder(["grpo"], Path(folder))
+        file = Path("verl_plugins/advantage/grpo.py")
+        if run_tests(file, (ROOT / file).read_text(encoding="utf-8"), WARM_UP, Path(folder)):
+            sys.exit("the tests that warm up fail")
+    sys.meta_path.pop(0)
+    own = [name for name, module in sys.modules.items() if is_own(getattr(module, "__file__", None))]
+    for name in own:
+        del sys.modules[name]
+
+
+def is_own(path: str | None) -> bool:
+    """Whether a module belongs to this repository."""
+    parts = Path(path or "/").parts
+    return parts[: len(ROOT.parts)] == ROOT.parts and "site-packages" not in parts and Path(path).stem != "plant"
+
+
+if __name__ == "__main__":
+    main()
