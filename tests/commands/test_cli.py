@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from verl_plugins.commands import cli
+from verl_plugins.commands import cli, display
 
 COMMAND = Path(sys.executable).with_name("verl-plugins")
 RECIPES = {"grpo", "mc_grpo", "vade", "clip_cov"}
@@ -51,8 +52,36 @@ class TestList:
         assert {item["name"] for item in found["plugins"] if item["status"] == "ok"} >= RECIPES
         assert {item["name"] for item in found["presets"]} >= {"cpu", "1gpu", "8gpu"}
 
+    def test_it_answers_which_one_do_i_want(self) -> None:
+        """Under the problem it treats stands each recipe, with what it does and what was measured."""
+        lines = succeeds("list").splitlines()
+        headings = [line.strip() for line in lines if line.strip() in display.PROBLEMS]
+        assert headings == [problem for problem in display.PROBLEMS if problem in headings] and len(headings) >= 7
+        under = lines[lines.index(next(line for line in lines if line.startswith(" dead groups"))) :]
+        assert next(line for line in under if " vade " in line)
+        assert "mixed groups 0.72" in "".join(lines)
+        assert {line.split()[0] for line in lines if line.startswith("   ") and line[3:4].strip()} >= RECIPES
+
+    def test_every_recipe_of_ours_says_problem_effect_and_what_was_measured(self) -> None:
+        found = [row for row in json.loads(succeeds("list", "--json"))["recipes"] if row["name"] in RECIPES]
+        for row in found:
+            assert row["problem"] in display.PROBLEMS, row["name"]
+            assert row["does"] and len(row["does"]) < 75, row["name"]
+            assert re.search(r"\d|no effect", row["status"]), row["name"]
+
+    def test_other_peoples_recipes_have_a_place(self, site) -> None:
+        site.recipes(
+            "cookbook", stew="recipe: {title: Stew, problem: hunger, does: fills}", soup="recipe: {title: Soup}"
+        )
+        lines = succeeds("list").splitlines()
+        first = {line.split()[0]: number for number, line in reversed(list(enumerate(lines))) if line.split()}
+        places = [lines.index(next(line for line in lines if line.strip() == "other")), first["soup"]]
+        places = [first["diagnosis"], first["hunger"], first["stew"], *places]
+        assert places == sorted(places)
+        assert "fills" in "".join(lines)
+
     def test_table(self) -> None:
-        text = succeeds("list")
+        text = succeeds("list", "--long")
         for part in (*RECIPES, "arXiv:2511.18902", "select_prompts", "verl-plugins", "presets"):
             assert part in text
 
@@ -143,7 +172,9 @@ class TestRun:
         assert done.value.code == 130
 
 
-@pytest.mark.parametrize("args", [["list"], ["list", "--json"], ["show", "vade"], ["show", "1gpu"], ["--help"]])
+@pytest.mark.parametrize(
+    "args", [["list"], ["list", "--long"], ["list", "--json"], ["show", "vade"], ["show", "1gpu"], ["--help"]]
+)
 def test_listing_and_describing_load_nothing_heavy(args: list[str]) -> None:
     code = (
         "import sys; from verl_plugins.commands.cli import app\n"

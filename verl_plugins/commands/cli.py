@@ -67,8 +67,11 @@ def options(
 
 
 @app.command("list")
-def list_(as_json: Json = False) -> None:
-    """Every recipe, plugin and preset installed, with paper, stages and status."""
+def list_(
+    long: Annotated[bool, typer.Option("--long", help="Papers, stages, owners; plugins and presets, too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Which recipe you want: by the problem it treats, with what was measured."""
     from verl_plugins.commands import display
     from verl_plugins.composition import manifest, recipe
 
@@ -77,8 +80,10 @@ def list_(as_json: Json = False) -> None:
     data = display.overview(recipe.recipes(folders), recipe.presets(folders), manifest.manifests(installed), folders)
     if as_json:
         _print_json(data)
-    else:
+    elif long:
         display.print_overview(data)
+    else:
+        display.print_choice(data)
 
 
 @app.command()

@@ -13,6 +13,10 @@ from verl_plugins.composition.recipe import Preset, Recipe, leaves
 from verl_plugins.errors import CompositionError, nearest
 
 OWN_DISTRIBUTION = "verl-plugins"
+PROBLEMS = ("baseline", "dead groups", "noisy advantages", "entropy collapse", "exploration", "length", "credit")
+PROBLEMS += ("label-free", "asynchrony", "diagnosis")
+"""The order in which `list` shows problems; others come after them, recipes that name none at the end."""
+OTHER = "other"
 _BOUND = {"ge": "≥ {}", "gt": "> {}", "le": "≤ {}", "lt": "< {}", "choices": "{}"}
 
 
@@ -33,6 +37,8 @@ def _recipe_row(item: Recipe, fault: str) -> dict[str, Any]:
     return {
         "name": item.name,
         "title": item.title,
+        "problem": item.problem or OTHER,
+        "does": item.does or item.summary or item.title,
         "paper": f"arXiv:{item.arxiv}" if item.arxiv else "",
         "stages": item.stages,
         "plugins": list(item.plugins),
@@ -57,13 +63,34 @@ def _preset_row(item: Preset, fault: str) -> dict[str, Any]:
     return {"name": item.name, "title": item.title, "distribution": item.distribution, "status": fault or "ok"}
 
 
+def print_choice(data: dict[str, list[dict[str, Any]]]) -> None:
+    """Which recipe one wants: grouped by the problem it treats, a line each, with what was measured."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in data["recipes"]:
+        groups.setdefault(row["problem"], []).append(row)
+    ordered = [*PROBLEMS, *sorted(groups.keys() - {*PROBLEMS, OTHER}), OTHER]
+    _choice([(problem, groups[problem]) for problem in ordered if problem in groups])
+    presets = ", ".join(row["name"] for row in data["presets"])
+    print(
+        f"presets: {presets}\nverl-plugins show RECIPE says more, list --long has papers, stages, plugins and presets"
+    )
+    _print_broken(data)
+
+
+def _print_broken(data: dict[str, list[dict[str, Any]]]) -> None:
+    for row in data["plugins"]:
+        if row["status"] != "ok":
+            print(f"plugin {row['name']} of {row['distribution']}: {row['status']}")
+    for folder in data["broken_folders"]:
+        print(f"recipes of {folder['distribution']} cannot be read: {folder['status']}")
+
+
 def print_overview(data: dict[str, list[dict[str, Any]]]) -> None:
     """Tables of recipes, plugins and presets."""
     _table("recipes", ["name", "title", "paper", "stages", "distribution", "status"], data["recipes"])
     _table("plugins", ["name", "paper", "stages", "distribution", "status"], data["plugins"])
     _table("presets", ["name", "title", "distribution", "status"], data["presets"])
-    for folder in data["broken_folders"]:
-        print(f"recipes of {folder['distribution']} cannot be read: {folder['status']}")
+    _print_broken({**data, "plugins": []})
 
 
 def details(
@@ -171,11 +198,33 @@ def _pairs(about: dict[str, str]) -> None:
             print(f"  {key}: {value}")
 
 
+def _choice(groups: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> None:
+    """One table of recipes with a heading for each problem."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("what it does")
+    table.add_column("measured (ours: preset cpu, three seeds)")
+    for problem, rows in groups:
+        table.add_row(Text(problem, style="bold"))
+        for row in rows:
+            table.add_row(*map(Text, (f"  {row['name']}", row["does"], row["status"])))
+    _console().print(table)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 140, markup=False, highlight=False)
+
+
 def _table(title: str, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
     if not rows:
         return
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -183,7 +232,7 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -
         table.add_column(column, no_wrap=column in ("name", "setting"), overflow="fold")
     for row in rows:
         table.add_row(*[_text(row[column]) for column in columns])
-    Console(width=None if sys.stdout.isatty() else 140, markup=False, highlight=False).print(table)
+    _console().print(table)
 
 
 def _text(value: Any) -> str:

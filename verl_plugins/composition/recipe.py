@@ -21,7 +21,7 @@ from verl_plugins.composition.manifest import Folder
 from verl_plugins.errors import CompositionError, nearest
 from verl_plugins.hookspecs import STAGES
 
-RECIPE_KEYS = ("title", "arxiv", "summary", "stages", "results", "status", "authors")
+RECIPE_KEYS = ("title", "problem", "does", "arxiv", "summary", "stages", "results", "status", "authors")
 PRESET_KEYS = ("title", "summary", "base", "requires", "env", "prepare")
 Path_ = tuple[str, ...]
 
@@ -34,11 +34,16 @@ class Recipe:
     file: Path
     distribution: str
     title: str = ""
+    problem: str = ""
+    """What it is against: `list` groups recipes by `dead groups`, `entropy collapse`, `length`, … or words of yours."""
+    does: str = ""
+    """What it does about it, in one line."""
     arxiv: str = ""
     summary: str = ""
     stages: list[str] = field(default_factory=list)
     results: str = ""
     status: str = ""
+    """What was measured, in a few words."""
     authors: dict[str, Any] = field(default_factory=dict)
     """What the authors trained with and the recipe leaves to the user: model, data, batch sizes, learning rate."""
     plugins: dict[str, dict[str, Any]] = field(default_factory=dict)
