@@ -21,7 +21,7 @@ from verl.trainer.ppo.checkpoint_callback import build_checkpoint_callback
 from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
 
 from verl_plugins import Plugin
-from verl_plugins.bridge import checkpoint
+from verl_plugins.bridge import checkpoint, intact
 from verl_plugins.bridge.trainer import PluginTrainerSync
 
 PIECES = 20
@@ -79,6 +79,7 @@ def save_on(folder: Path, step: int) -> None:
         step += 1
         trainer.global_steps = trainer.plugins[0].step = step
         trainer._save_checkpoint()
+        trainer.mark_checkpoint()
 
 
 def found(folder: Path) -> int:
@@ -91,6 +92,7 @@ def found(folder: Path) -> int:
     assert states["driver"]["memory"]["step"] == step
     assert (states["driver"]["memory"]["array"] == step).all()
     assert (Path(latest) / "actor/weights").read_text().split() == [str(step)] * PIECES
+    assert (Path(latest) / intact.FILES).is_file() and intact.damage(Path(latest)) is None
     return step
 
 
@@ -101,6 +103,7 @@ def seconds_to_save(folder: Path) -> float:
         trainer.global_steps = trainer.plugins[0].step = step
         start = time.perf_counter()
         trainer._save_checkpoint()
+        trainer.mark_checkpoint()
         times.append(time.perf_counter() - start)
     return max(times)
 

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -19,6 +19,7 @@ from verl_plugins.commands.doctor import ANSWER
 from verl_plugins.composition import manager
 from verl_plugins.composition.identity import Identity, difference, identify
 from verl_plugins.composition.manager import Plugins
+from verl_plugins.composition.scratch import scratch
 from verl_plugins.errors import CompositionError
 
 
@@ -89,8 +90,8 @@ def _cluster(address: str | None) -> Iterator[None]:
     os.environ[RUN_VARIABLE] = "1"
     options = {"runtime_env": {"env_vars": of_this_run()}, "log_to_driver": False, "logging_level": "ERROR"}
     address = address or os.environ.get("RAY_ADDRESS")
-    node = nullcontext() if address else head.started(num_cpus=len(KINDS), num_gpus=0)
-    with node as own:
+    with ExitStack() as stack:
+        own = None if address else stack.enter_context(head.started(stack.enter_context(scratch()), len(KINDS), 0))
         import ray
 
         ray.init(address or own.address, **options)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
 import os
+import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,10 +19,15 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from verl_plugins.bridge import RUN_VARIABLE, census
+from verl_plugins.bridge.ending import Interrupted, Signals, end_now, how_to_go_on
 from verl_plugins.bridge.environment import of_this_run
+from verl_plugins.bridge.folder import locked, trouble
+from verl_plugins.bridge.intact import latest_step, resumed_from
 from verl_plugins.bridge.report import LOG_FILE, Reporter, Terminal
 from verl_plugins.composition import manager
-from verl_plugins.errors import CompositionError, PluginError
+from verl_plugins.composition.scratch import scratch
+from verl_plugins.cpu.head import LOOPBACK
+from verl_plugins.errors import CompositionError, PluginError, RunError
 
 REWARD_MANAGER = {"source": "importlib", "name": "PluginRewardManager"}
 REWARD_MODULE = "pkg://verl_plugins.bridge.reward"
@@ -30,25 +38,75 @@ def launch(composed: Any, out: Path, verbose: bool = False) -> int:
     """Train; returns the exit code. All of the run is in folder `out`, which is resumed if it has checkpoints."""
     started = time.time()
     out = Path(out).absolute()
-    out.mkdir(parents=True, exist_ok=True)
+    terminal = Terminal(out / LOG_FILE, verbose)
+    with Signals(terminal.say) as signals, locked(out):
+        try:
+            config = _prepared(composed, out)
+            reporter = Reporter(terminal.say, out, started)
+            with terminal:
+                terminal.say(f"{composed.recipe}: run folder {out}, full log in {LOG_FILE}")
+                return _told(terminal, out, signals, lambda: train(config, reporter, terminal, signals))
+        except Interrupted as stop:
+            print(f"{stop} before training began", file=sys.stderr)
+            return stop.code
+
+
+def _prepared(composed: Any, out: Path) -> DictConfig:
+    """The final configuration; everything a user can have got wrong about the run folder is found here."""
     os.environ.update({RUN_VARIABLE: "1", "TOKENIZERS_PARALLELISM": "false", **composed.env})
     config = finish(composed.config, out)
+    resumed_from(config)
     os.environ.update(_determinism(config) | census.announce(OmegaConf.to_container(config.plugins)))
     if composed.prepare:
         module, _, function = composed.prepare.partition(":")
         getattr(importlib.import_module(module), function)(config)
-    write_run_folder(config, out)
-    with Terminal(out / LOG_FILE, verbose) as terminal:
-        terminal.console.print(f"{composed.recipe}: run folder {out}, full log in {LOG_FILE}", soft_wrap=True)
-        try:
-            train(config, Reporter(terminal.console, out, started))
-        except Exception as error:
+    try:
+        write_run_folder(config, out)
+    except OSError as error:
+        raise RunError(trouble(out) or f"{error.filename} cannot be written: {error.strerror}") from error
+    return config
+
+
+def _told(terminal: Terminal, out: Path, signals: Signals, run: Callable[[], None]) -> int:
+    """Run it; whatever ends it is told in one sentence, with the way to go on. Returns the exit code."""
+    try:
+        run()
+        if signals.asked is None:
+            return 0
+        terminal.say(how_to_go_on(out))
+        return 128 + signals.asked
+    except BaseException as error:
+        with suppress(OSError):
             traceback.print_exc()
-            traceback.clear_frames(error.__traceback__)  # verl's progress bar ends here, and not on the terminal
-            terminal.console.print(f"error: {_sentence(error)}", soft_wrap=True, highlight=False)
-            terminal.console.print(f"the whole story is in {out / LOG_FILE}", soft_wrap=True, highlight=False)
-            return 1
-    return 0
+        for one in _chain(error):
+            traceback.clear_frames(one.__traceback__)  # verl's progress bar ends here, and not on the terminal
+        if isinstance(error, KeyboardInterrupt):
+            terminal.say(f"{error or 'interrupted'}: the run has ended")
+            terminal.say(how_to_go_on(out))
+            return getattr(error, "code", 130)
+        _tell(terminal, out, trouble(out) or _sentence(error))
+        return 1
+
+
+def _tell(terminal: Terminal, out: Path, sentence: str) -> None:
+    terminal.say(f"error: {sentence}")
+    if latest_step(out):
+        terminal.say(how_to_go_on(out))
+    terminal.say(f"the whole story is in {out / LOG_FILE}")
+
+
+def _give_up(terminal: Terminal, out: Path, signals: Signals, sentence: str) -> None:
+    """End from another thread a driver that does not come back from what it waits for."""
+    with suppress(OSError, ValueError):
+        faulthandler.dump_traceback()
+    _tell(terminal, out, sentence)
+    end_now(1, signals.scratch)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _sentence(error: BaseException) -> str:
@@ -103,13 +161,20 @@ def write_run_folder(config: DictConfig, out: Path) -> None:
     (out / "versions.json").write_text(json.dumps(found, indent=1))
 
 
-def train(config: DictConfig, reporter: Reporter) -> None:
+def train(config: DictConfig, reporter: Reporter, terminal: Terminal, signals: Signals) -> None:
     """Run verl's task runner in this process, with our trainers and agent loop, on a Ray cluster."""
     local = config.trainer.device == "cpu" and config.trainer.nnodes == 1
-    with _local_ray(config) if local else _ray(config):
+    if config.trainer.nnodes == 1 and "RAY_ADDRESS" not in os.environ and not config.ray_kwargs.ray_init.get("address"):
+        os.environ.update(LOOPBACK)
+    with _local_ray(config, signals) if local else _ray(config) as node:
         from verl_plugins.bridge.runner import PluginTaskRunner
+        from verl_plugins.bridge.watch import Watch
 
-        PluginTaskRunner(reporter).run(config)
+        signals.install()
+        out = Path(config.trainer.default_local_dir)
+        give_up = partial(_give_up, terminal, out, signals)
+        with Watch(node or {}, out / LOG_FILE, signals.over, give_up):
+            PluginTaskRunner(reporter, signals).run(config)
 
 
 @contextmanager
@@ -141,12 +206,16 @@ def _runtime(config: DictConfig, asked: dict[str, Any], py_executable: str | Non
 
 
 @contextmanager
-def _local_ray(config: DictConfig) -> Iterator[None]:
-    """A Ray node of this run's own, started while this process imports; its workers are forked from this process."""
+def _local_ray(config: DictConfig, signals: Signals) -> Iterator[dict[int, str]]:
+    """A Ray node of this run's own, started while this process imports; its workers are forked from this process.
+
+    Yields the processes of the node, as the watch wants them.
+    """
     from verl_plugins.cpu import head
 
     settings = config.ray_kwargs.ray_init
-    with head.started(settings.num_cpus, settings.num_gpus) as node:
+    with scratch() as folder, head.started(folder, settings.num_cpus, settings.num_gpus) as node:
+        signals.scratch = folder
         for module in ("torch", "transformers", "datasets", "pandas"):
             importlib.import_module(module)
         with node.announced():
@@ -156,8 +225,10 @@ def _local_ray(config: DictConfig) -> Iterator[None]:
                 importlib.import_module(module)
         node.check()
         options = {"address": node.address, "num_cpus": None, "num_gpus": None, "include_dashboard": None}
-        with preload.Preload() as workers, _ray(config, options, workers.py_executable):
-            yield
+        with preload.Preload(folder) as workers, _ray(config, options, workers.py_executable):
+            from verl_plugins.bridge.watch import of_node
+
+            yield of_node(node.process.pid, workers.pid)
 
 
 def _validate(config: DictConfig) -> None:

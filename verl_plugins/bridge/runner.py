@@ -16,12 +16,12 @@ from verl_plugins.cpu import vllm
 class PluginTaskRunner(TaskRunnerV1.__ray_metadata__.modified_class):
     """Runs one training."""
 
-    def __init__(self, reporter: Any = None) -> None:
+    def __init__(self, reporter: Any = None, signals: Any = None) -> None:
         super().__init__()
-        self._reporter = reporter
+        self._reporter, self._signals = reporter, signals
 
     def init_agent_loop_manager(self) -> None:
-        self.trainer.reporter = self._reporter
+        self.trainer.reporter, self.trainer.signals = self._reporter, self._signals
         self.agent_loop_manager = PluginAgentLoopManager.create(
             config=self.config,
             llm_client=self.trainer.get_llm_client(),

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
+from concurrent.futures import wait
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 from omegaconf import OmegaConf
 from verl.trainer.ppo.v1 import trainer_base
 
-from verl_plugins.bridge import checkpoint
+from verl_plugins.bridge import checkpoint, intact
 
 
 class SavesState:
     """Mixed into one of verl's trainers; expects `plugins`, `rows` and `seed`."""
 
     _saved_step = 0
+    _marker: tuple[str, io.StringIO] | None = None
+    """verl's "latest" marker of a checkpoint that is complete but not marked yet: its file and content."""
 
     def _load_checkpoint(self) -> None:
         self.actor_rollout_wg.set_plugins(OmegaConf.to_container(self.config.plugins), self.seed)
@@ -23,16 +30,42 @@ class SavesState:
             self._load_plugin_state()
 
     def _save_checkpoint(self) -> None:
-        """Plugin state first: verl writes its "latest" marker at the end of its own saving."""
+        """Plugin state, then verl's files; the "latest" marker that verl writes last is kept back.
+
+        The step counts once its line is in the metrics and its rollouts are dumped: then comes `mark_checkpoint`.
+        """
         folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
         states = {
             "driver": {plugin.name: plugin.state_dict() for plugin in self.plugins},
             "actor": self.actor_rollout_wg.plugin_state()[0],
         }
+        (folder / intact.FILES).unlink(missing_ok=True)
         checkpoint.save(folder, self.global_steps, self.rows.fingerprint, self.plugins, states)
-        with patch.object(trainer_base, "open", checkpoint.open_whole, create=True):
-            super()._save_checkpoint()  # its marker, else empty for a moment, appears in one piece
+        with patch.object(trainer_base, "open", self._keep_marker, create=True):
+            super()._save_checkpoint()
         self._saved_step = self.global_steps
+
+    @contextmanager
+    def _keep_marker(self, file: str, mode: str = "r") -> Iterator[io.StringIO]:
+        self._marker = file, io.StringIO()
+        yield self._marker[1]
+
+    def mark_checkpoint(self) -> None:
+        """Mark what was saved in this step, if anything was, as the latest checkpoint."""
+        if self._marker is None:
+            return
+        file, content = self._marker
+        intact.record(Path(self.config.trainer.default_local_dir) / f"global_step_{self._saved_step}")
+        with checkpoint.open_whole(file, "w") as marker:
+            marker.write(content.getvalue())
+        self._marker = None
+
+    def _log_rollout_data(self, *args: Any, **kwargs: Any) -> None:
+        """verl's dump of a step's rollouts, written when a checkpoint of the step is marked."""
+        super()._log_rollout_data(*args, **kwargs)
+        if self._marker is not None:
+            wait(self._dump_futures)
+        self.mark_checkpoint()
 
     def _load_plugin_state(self) -> None:
         folder = self._checkpoint_folder()

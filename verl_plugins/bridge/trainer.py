@@ -47,6 +47,7 @@ class Stages(DrawsPrompts, EstimatesAdvantage, ServesRollouts, SavesState):
         self.seed = int(config.data.seed)
         self.run = DriverRun(self)
         self.reporter: Any = None
+        self.signals: Any = None
         self.watch = Watch()
         self._full: Batch | None = None
         self._batch: Batch | None = None
@@ -117,6 +118,10 @@ class Stages(DrawsPrompts, EstimatesAdvantage, ServesRollouts, SavesState):
             self.reporter.step(self.global_steps, self.total_training_steps, metrics)
             for sentence in self.watch.look(metrics):
                 self.reporter.note(f"warning: {sentence}")
+        if not self.config.trainer.get("rollout_data_dir"):
+            self.mark_checkpoint()
+        if self.signals is not None and self.signals.asked is not None:
+            self.stop("asked to by a signal")
 
     def _validate(self) -> dict[str, float]:
         with fast_validation_metrics():
@@ -127,14 +132,21 @@ class Stages(DrawsPrompts, EstimatesAdvantage, ServesRollouts, SavesState):
         return metrics
 
     def fit(self, agent_loop_manager: Any) -> None:
-        if self.global_steps > 0 and self.reporter is not None:
-            self.reporter.note(f"resuming after step {self.global_steps} from {self._checkpoint_folder()}")
+        if self.reporter is not None:
+            self.reporter.begin(self.global_steps)
+            if self.global_steps > 0:
+                self.reporter.note(f"resuming after step {self.global_steps} from {self._checkpoint_folder()}")
+        if self.signals is not None:
+            self.signals.saves = self.config.trainer.save_freq > 0
         super().fit(agent_loop_manager)
         if self.config.trainer.get("val_only", False):
             return
         self.global_steps -= 1  # verl has counted on to the step after the last
         if self._stopped and self.config.trainer.save_freq > 0 and self._saved_step != self.global_steps:
             self._save_checkpoint()  # verl saves at a last step only when the step began as one
+            self.mark_checkpoint()
+        if self.signals is not None and self.signals.asked is not None:
+            return  # training has not ended, this command has
         self.plugins.hook.on_train_end(run=self.run)
         if self.reporter is not None:
             self.reporter.end(self.global_steps, self.run.take_metrics())

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from verl_plugins.data.command import app as data
-from verl_plugins.errors import PluginError
+from verl_plugins.errors import PluginError, printable
 
 LAUNCH = "verl_plugins.bridge.launch:launch"
 DEMO = "verl_plugins.cpu.demo:demo"
@@ -47,7 +47,7 @@ def main() -> None:
     try:
         app()
     except PluginError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -154,11 +154,16 @@ def compare(
 def doctor(
     ray: Annotated[bool, typer.Option("--ray", help="Start a worker of each kind on each node and compare.")] = False,
     address: Annotated[Optional[str], typer.Option(help="With --ray: a running cluster.")] = None,  # noqa: UP045
+    clean: Annotated[bool, typer.Option("--clean", help="Remove temporary folders of killed runs, then stop.")] = False,
     as_json: Json = False,
 ) -> None:
     """What works on this machine, and the command that mends what does not."""
     from verl_plugins.commands.doctor import BROKEN, examine, plain, print_report
+    from verl_plugins.composition.scratch import clean as clean_up
 
+    if clean:
+        typer.echo(f"removed {len(clean_up())} temporary folders of killed runs")
+        return
     findings = examine(ray, address)
     if as_json:
         listed = [plain(finding) for finding in findings]

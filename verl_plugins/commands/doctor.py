@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 from verl_plugins.composition import manifest, recipe
 from verl_plugins.composition.cache import CACHE_VARIABLE, cache_folder
 from verl_plugins.composition.identity import PACKAGE
+from verl_plugins.composition.scratch import leftovers
 from verl_plugins.errors import PluginError
 
 GIB = 1 << 30
@@ -213,11 +214,11 @@ def _environment() -> Iterator[Finding]:
             yield Finding(variable, OK, found)
     if "RAY_ADDRESS" in os.environ:
         yield Finding("RAY_ADDRESS", OK, f"runs go to the cluster at {os.environ['RAY_ADDRESS']}")
-    left = [folder for folder in Path(tempfile.gettempdir()).glob("vp_*") if folder.is_dir() and not _in_use(folder)]
+    left = leftovers()
     if left:
-        size = sum(file.stat().st_size for folder in left for file in folder.rglob("*") if file.is_file())
-        found = f"{len(left)} folders of killed runs, {size / GIB:.2f} GiB"
-        yield Finding("leftovers", ABSENT, found, f"rm -r {' '.join(map(str, left))}")
+        size = sum(file.lstat().st_size for folder in left for file in folder.rglob("*") if file.is_file())
+        found = f"{len(left)} temporary folders of killed runs, {size / GIB:.2f} GiB"
+        yield Finding("leftovers", ABSENT, found, "the next run removes them, or verl-plugins doctor --clean")
 
 
 def _workers(address: str | None) -> Iterator[Finding]:
@@ -249,12 +250,6 @@ def _installed(package: str) -> bool:
         return bool(version(package))
     except PackageNotFoundError:
         return False
-
-
-def _in_use(folder: Path) -> bool:
-    import psutil
-
-    return any(str(folder) in " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
 
 
 def _cause(error: BaseException) -> str:

@@ -10,12 +10,10 @@ import contextlib
 import ctypes
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +28,13 @@ FIRST_JOB = "01000000"
 """The id a new cluster gives its first driver."""
 START_SECONDS = 60
 PR_SET_PDEATHSIG = 1
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "GLOO_SOCKET_IFNAME": "lo"}
+"""Keeps Ray's node address, and with it every socket of a run, at 127.0.0.1; else Ray takes the network's for it.
+
+The variable's name is Ray's: it tells whether this kind of machine may be part of a cluster. Read when Ray is imported.
+"""
+PATIENCE = {"RAY_health_check_failure_threshold": "100", "RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
+"""A process that is stopped for minutes (a suspended laptop) is not dead; the watch looks at those that are."""
 
 
 @dataclass
@@ -66,10 +71,9 @@ class Head:
 
 
 @contextmanager
-def started(num_cpus: int, num_gpus: int) -> Iterator[Head]:
-    """Start a head node; it is stopped, and its folder removed, at the end."""
-    folder = Path(tempfile.mkdtemp(prefix="vp_"))
-    os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
+def started(folder: Path, num_cpus: int, num_gpus: int) -> Iterator[Head]:
+    """Start a head node with its files in `folder`; it is stopped at the end."""
+    os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), **LOOPBACK, **PATIENCE})
     port, client_port, agent_port = _free_ports(3)
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
@@ -83,7 +87,6 @@ def started(num_cpus: int, num_gpus: int) -> Iterator[Head]:
         yield Head(f"127.0.0.1:{port}", process)
     finally:
         _stop(process)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _not_started() -> PluginError:

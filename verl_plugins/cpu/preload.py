@@ -16,12 +16,10 @@ import os
 import random
 import runpy
 import select
-import shutil
 import signal
 import socket
 import struct
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +48,9 @@ PR_SET_PDEATHSIG = 1
 class Preload:
     """The forking server of one run; a context manager in the driver."""
 
-    def __init__(self) -> None:
-        self._folder = tempfile.mkdtemp(prefix="verl_plugins_")
-        self._address = os.path.join(self._folder, "s")
+    def __init__(self, folder: Path) -> None:
+        self._address = str(folder / "s")
+        self.pid = 0
 
     @property
     def py_executable(self) -> str:
@@ -66,18 +64,17 @@ class Preload:
         sys.stdout.flush()
         sys.stderr.flush()
         driver = os.getpid()
-        self._pid = os.fork()
-        if self._pid == 0:
+        self.pid = os.fork()
+        if self.pid == 0:
             _serve(listener, driver)
         listener.close()
         return self
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self._pid, signal.SIGTERM)
+            os.kill(self.pid, signal.SIGTERM)
         with contextlib.suppress(ChildProcessError):
-            os.waitpid(self._pid, 0)
-        shutil.rmtree(self._folder, ignore_errors=True)
+            os.waitpid(self.pid, 0)
 
 
 def _serve(listener: socket.socket, driver: int) -> None:
