@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import re
@@ -38,8 +39,10 @@ class Terminal:
 
     def __enter__(self) -> Terminal:
         self._log = self._path.open("ab", buffering=0)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            if isinstance(stream, io.TextIOWrapper):  # a locale without umlauts is no reason to stop
+                stream.reconfigure(errors="backslashreplace")
         self._saved = [os.dup(1), os.dup(2)]
         terminal = os.fdopen(os.dup(1), "w", buffering=1, errors="backslashreplace")
         self.console = Console(file=terminal, force_terminal=os.isatty(1) or None)

@@ -29,6 +29,7 @@ KINDS = {
     "vLLMHttpServer": "rollout server",
     "SGLangHttpServer": "rollout server",
     "PluginAgentLoopWorker": "agent-loop worker",
+    "AgentLoopWorkerTQ": "agent-loop worker",
     "RewardLoopWorker": "reward worker",
     "WorkerDict": "actor worker",
     "PluginActorWorker": "actor worker",

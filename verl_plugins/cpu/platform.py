@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -117,7 +118,7 @@ def initialize_process_group(timeout_second: int | None = None, backend: str | N
         rank=int(os.environ.get("RANK", 0)),
         world_size=int(os.environ.get("WORLD_SIZE", 1)),
         timeout=timedelta(seconds=timeout_second) if timeout_second is not None else None,
-        init_method=os.environ.get("DIST_INIT_METHOD"),
+        init_method=os.environ.get("DIST_INIT_METHOD") or _meeting_place(),
     )
 
 
@@ -132,6 +133,13 @@ def load_value_model(local_path: str, torch_dtype: torch.dtype, model_config: An
         attn_implementation=model_config._attn_implementation,
         trust_remote_code=trust_remote_code,
     )
+
+
+def _meeting_place() -> str | None:
+    """Where ranks of one machine find each other: a file of the run, since torch's server listens on all interfaces."""
+    if os.environ.get("MASTER_ADDR") not in ("127.0.0.1", "localhost"):
+        return None
+    return f"file://{tempfile.gettempdir()}/ranks_{os.environ['MASTER_PORT']}"
 
 
 def install() -> None:

@@ -13,11 +13,13 @@ import pytest
 import yaml
 
 from verl_plugins import RECIPES
+from verl_plugins.composition.cache import cache_folder
 from verl_plugins.composition.settings import typed
 from verl_plugins.cpu import warmup
 from verl_plugins.cpu.model import ModelSettings, make_model, make_tokenizer
 from verl_plugins.cpu.task import DATA_SOURCE, TaskSettings, all_sums, split_sums, write_task
 from verl_plugins.cpu.warmup import WarmupSettings, prepare, warm_up
+from verl_plugins.errors import RunError
 
 MODEL = ModelSettings(hidden_size=32, layers=1, heads=1, kv_heads=1, intermediate_size=32)
 TASK = TaskSettings(train_rows=40, val_rows=10, terms=2)
@@ -155,26 +157,65 @@ def test_an_interrupted_cache_is_not_used(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         prepare(tmp_path, MODEL, TASK, WARMUP, progress=interrupt)
-    assert list(tmp_path.iterdir()) == []
-    # What a kill leaves, which no handler can clear away, is not taken for the cache either.
     key = warmup._key(MODEL, TASK, WARMUP)
+    assert [entry.name for entry in tmp_path.iterdir()] == [f".{key}.lock"]
+    # What a kill leaves, which no handler can clear away, is not taken for the cache either.
     (tmp_path / f".{key}.left" / "model").mkdir(parents=True)
     made = prepare(tmp_path, MODEL, TASK, WARMUP, progress=None)
     assert (made.model_path / "model.safetensors").is_file()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [f".{key}.lock", key]
 
 
-def test_of_two_at_once_the_first_to_finish_wins(tmp_path: Path) -> None:
-    def overtaken(steps: range) -> range:
-        prepare(tmp_path, MODEL, TASK, WARMUP, progress=None)
-        before.update(digests(tmp_path / key))
-        return steps
+def test_of_two_at_once_one_makes_it_and_the_other_waits(tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from verl_plugins.cpu.model import ModelSettings
+from verl_plugins.cpu.task import TaskSettings
+from verl_plugins.cpu.warmup import WarmupSettings, prepare
+def progress(steps):
+    print("made", flush=True)
+    return steps
+prepare(Path({str(tmp_path)!r}), {MODEL!r}, {TASK!r}, {WARMUP!r}, progress=progress)
+"""
+    command, folder = [sys.executable, "-c", code], Path(__file__).parents[3]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder) for _ in range(2)]
+    outputs = [one.communicate()[0] for one in both]
+    assert [one.returncode for one in both] == [0, 0]
+    assert sorted(outputs) == ["", "made\n"]
 
-    before: dict[str, str] = {}
-    key = warmup._key(MODEL, TASK, WARMUP)
-    made = prepare(tmp_path, MODEL, TASK, WARMUP, progress=overtaken)
-    assert made.model_path == tmp_path / key / "model"
-    assert before and digests(tmp_path / key) == before
-    assert [entry.name for entry in tmp_path.iterdir()] == [key]
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "gone"])
+@pytest.mark.parametrize("name", ["model/model.safetensors", "model/config.json", "train.parquet", "hashes.json"])
+def test_a_damaged_file_is_noticed_and_all_is_made_again(tmp_path: Path, capsys, name: str, damage: str) -> None:
+    made = prepare(tmp_path, MODEL, TASK, WARMUP, progress=None)
+    before, path = digests(made.model_path.parent), made.model_path.parent / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "garbage": b"x" * len(content)}[damage])
+    prepare(tmp_path, MODEL, TASK, WARMUP, progress=None)
+    assert digests(made.model_path.parent) == before
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, sentence) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError) as error:
+        prepare(tmp_path / "file" / "cache", MODEL, TASK, WARMUP, progress=None)
+    sentence(error.value, str(tmp_path / "file" / "cache"), "VERL_PLUGINS_CACHE")
+
+
+def test_a_user_without_a_home(monkeypatch, sentence) -> None:
+    for name in ("VERL_PLUGINS_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(RunError) as error:
+        cache_folder()
+    sentence(error.value, "VERL_PLUGINS_CACHE")
 
 
 def test_the_warm_up_does_not_see_held_out_prompts() -> None:
