@@ -21,7 +21,12 @@ from verl_plugins.services import Run
 from verl_plugins.testing import check
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+PLACEHOLDER = re.compile(
+    r"\b(?:TODO|TBD|TBC|FIXME|XXX+|LOREM IPSUM|PLACEHOLDER)\b|<(?:number|value|measured?|fill[ _-]?in)>|\?\?\?+"
+    r"|(?<![\w$`.=\"'])[A-Z]{2,}(?:_[A-Z0-9]{2,})+(?=\s*(?:s|ms|min|MB|GB|GiB|%|tokens|steps|\|)(?:\W|$))",
+)
+"""What stands for a number or a sentence that nobody has filled in; names of variables are written in backticks."""
 OURS = [entry for entry in manifest.entries() if entry.dist and entry.dist.name == "verl-plugins"]
 PLUGINS = {plugin.name: plugin for plugin in manifest.manifests(OURS)}
 RECIPES = {item.name: item for item in recipe.recipes(manifest.folders(OURS))}
@@ -163,6 +168,35 @@ def test_relative_links_exist(page):
             assert anchor in {
                 re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings
             }
+
+
+@each_page
+def test_nothing_is_left_to_fill_in(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    assert PLACEHOLDER.findall(text) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "| a step | STEP_CPU s |",
+        "takes FIRST_VLLM s",
+        "about MEM_PEAK GiB",
+        "TODO",
+        "it gains XXX points",
+        "<number> s",
+        "??? s",
+    ],
+)
+def test_placeholders_are_seen(text):
+    assert PLACEHOLDER.search(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["`RAY_ADDRESS` | set", "set VERL_PLUGINS_CACHE to a folder", "GPU | 80 GB", "AIME 2024"]
+)
+def test_names_are_no_placeholders(text):
+    assert not PLACEHOLDER.search(text)
 
 
 @pytest.mark.parametrize("module", [verl_plugins, testing], ids=["verl_plugins", "testing"])
