@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from verl_plugins.commands import cli, display
 
@@ -19,6 +20,13 @@ RECIPES = {"grpo", "mc_grpo", "vade", "clip_cov"}
 
 def command(*args: str, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run([COMMAND, *args], capture_output=True, text=True, env={**os.environ, **env})
+
+
+def invoke(*args: str) -> str:
+    """What the command prints, in this process."""
+    done = CliRunner().invoke(cli.app, args, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
 
 
 def succeeds(*args: str) -> str:
@@ -80,6 +88,22 @@ class TestList:
         assert places == sorted(places)
         assert "fills" in "".join(lines)
 
+    @pytest.mark.parametrize("given", ["nonsense", "", "null", "[length]", "{a: b}", "5"])
+    def test_any_problem_that_others_write_has_a_place(self, site, given: str) -> None:
+        site.recipes("cookbook", stew=f"recipe: {{problem: {given}, does: short}}")
+        lines = invoke("list").splitlines()
+        place = next(number for number, line in enumerate(lines) if line.startswith("   stew "))
+        heading = next(line.strip() for line in reversed(lines[:place]) if not line.startswith("  "))
+        assert heading == ("nonsense" if given == "nonsense" else "other")
+
+    @pytest.mark.parametrize("text", ["a\\nb", "a\\e[31mb", "a\\rb", "[red]a[/red]", "5"])
+    def test_texts_of_others_are_one_line_without_control_characters(self, site, text: str) -> None:
+        site.recipes("cookbook", stew=f'recipe: {{problem: "{text}", does: "{text}", status: "{text}"}}')
+        shown = invoke("list")
+        assert all(sign.isprintable() or sign == "\n" for sign in shown)
+        row = next(line for line in shown.splitlines() if line.startswith("   stew "))
+        assert all(part in row for part in text.replace("\\e", " ").replace("\\n", " ").replace("\\r", " ").split())
+
     def test_table(self) -> None:
         text = succeeds("list", "--long")
         for part in (*RECIPES, "arXiv:2511.18902", "select_prompts", "verl-plugins", "presets"):
@@ -123,7 +147,26 @@ class TestShow:
         kinds = {item["kind"] for item in items}
         assert kinds == {"recipe", "plugin"}
         plugin = next(item for item in items if item["kind"] == "plugin" and item["name"] == "clip_cov")
-        assert plugin["settings"][0].keys() >= {"setting", "default", "authors", "accepts", "doc"}
+        assert plugin["settings"][0].keys() >= {"setting", "default", "recipe", "authors", "accepts", "doc"}
+
+    def test_a_third_party_s_recipe_shows_its_own_value_beside_the_default(self, site) -> None:
+        body = "@dataclass\nclass Config:\n    a: int = setting(1, 'an a')\n    b: int = setting(2, 'a b')\n"
+        site.plugin("stewing", body)
+        site.recipes("cookbook", stew="{recipe: {title: Stew}, plugins: {stewing: {a: 5, c: 7}, absent: {}}}")
+        items = json.loads(invoke("show", "stew", "--json"))
+        (plugin,) = [item for item in items if item["kind"] == "plugin"]
+        values = {row["setting"]: (row["default"], row["recipe"]) for row in plugin["settings"]}
+        assert values == {"a": (1, 5), "b": (2, ""), "c": ("", 7)}
+        text = invoke("show", "stew")
+        assert re.search(r"plugins\.stewing\.a +1 +5 ", text)
+        assert "not a setting of this plugin" in text and "not installed: plugin absent" in text
+
+    def test_several_recipes(self, sentence) -> None:
+        items = json.loads(invoke("show", "vade+clip_cov", "--json"))
+        named = [(item["kind"], item["name"]) for item in items]
+        assert {("recipe", "vade"), ("recipe", "clip_cov"), ("plugin", "vade"), ("plugin", "clip_cov")} <= {*named}
+        assert len(set(named)) == len(named)
+        fails(sentence, ["'vadee'", "did you mean 'vade'?"], "show", "vade+vadee")
 
     def test_unknown(self, sentence) -> None:
         fails(sentence, ["'vadee'", "did you mean 'vade'?"], "show", "vadee")

@@ -88,15 +88,16 @@ def list_(
 
 @app.command()
 def show(name: str, as_json: Json = False) -> None:
-    """What a recipe, plugin or preset does: idea, settings, the authors' settings, needs, stages."""
+    """What a recipe (or several, A+B), plugin or preset does: idea, settings, the authors' settings, needs, stages."""
     from verl_plugins.commands import display
     from verl_plugins.composition import manifest, recipe
 
     installed = manifest.entries()
     folders = manifest.folders(installed)
-    items = display.details(name, recipe.recipes(folders), recipe.presets(folders), manifest.manifests(installed))
+    plugins = manifest.manifests(installed)
+    items = display.details(name, recipe.recipes(folders), recipe.presets(folders), plugins, folders)
     if as_json:
-        _print_json([display.plain(item) for item in items])
+        _print_json([display.plain(item, items) for item in items])
     else:
         display.print_details(items)
 

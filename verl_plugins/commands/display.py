@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict
 from typing import Any
 
 from verl_plugins.composition.manifest import Folder, Manifest, Setting
-from verl_plugins.composition.recipe import Preset, Recipe, leaves
+from verl_plugins.composition.recipe import Preset, Recipe, combine, leaves
 from verl_plugins.errors import CompositionError, nearest
 
 OWN_DISTRIBUTION = "verl-plugins"
@@ -37,13 +37,13 @@ def _recipe_row(item: Recipe, fault: str) -> dict[str, Any]:
     return {
         "name": item.name,
         "title": item.title,
-        "problem": item.problem or OTHER,
-        "does": item.does or item.summary or item.title,
+        "problem": (_line(item.problem) if isinstance(item.problem, str) else "") or OTHER,
+        "does": _line(item.does or item.summary or item.title),
         "paper": f"arXiv:{item.arxiv}" if item.arxiv else "",
         "stages": item.stages,
         "plugins": list(item.plugins),
         "distribution": item.distribution,
-        "status": fault or item.status,
+        "status": _line(fault or item.status),
     }
 
 
@@ -94,10 +94,22 @@ def print_overview(data: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def details(
-    name: str, recipes: Sequence[Recipe], presets: Sequence[Preset], plugins: Sequence[Manifest]
+    name: str,
+    recipes: Sequence[Recipe],
+    presets: Sequence[Preset],
+    plugins: Sequence[Manifest],
+    folders: Sequence[Folder] = (),
 ) -> list[Recipe | Preset | Manifest]:
-    """What is called `name`; of a recipe, the plugins it switches on too."""
-    found: list[Any] = [item for item in recipes if item.name == name]
+    """What is called `name`; of a recipe, or several joined by `+`, the plugins it switches on too.
+
+    Raises:
+        CompositionError: nothing is called so, or the recipes do not fit together.
+    """
+    if "+" in name:
+        found: list[Any] = list(combine([part.strip() for part in name.split("+")], folders).parts)
+        name = ""
+    else:
+        found = [item for item in recipes if item.name == name]
     switched = {plugin for recipe in found for plugin in recipe.plugins}
     found += [item for item in presets if item.name == name]
     found += [item for item in plugins if item.name == name or item.name in switched]
@@ -107,23 +119,38 @@ def details(
     return found
 
 
-def print_details(items: Iterable[Recipe | Preset | Manifest]) -> None:
+def print_details(items: Sequence[Recipe | Preset | Manifest]) -> None:
     """One section per item."""
     for item in items:
         if isinstance(item, Manifest):
-            _print_plugin(item)
+            _print_plugin(item, given(item, items))
         else:
             _print_file(item)
+            absent = _absent(item, items)
+            _pairs({"not installed": ", ".join(f"plugin {name}" for name in absent)})
         print()
 
 
-def plain(item: Recipe | Preset | Manifest) -> dict[str, Any]:
-    """An item as data for `--json`."""
+def given(plugin: Manifest, items: Iterable[Recipe | Preset | Manifest]) -> dict[str, Any] | None:
+    """What the recipes and presets among the items set for the plugin; None where none of them switches it on."""
+    sections = [item.plugins[plugin.name] for item in items if plugin.name in getattr(item, "plugins", {})]
+    return {key: value for section in sections for key, value in section.items()} if sections else None
+
+
+def _absent(item: Recipe | Preset, items: Iterable[Recipe | Preset | Manifest]) -> list[str]:
+    if not isinstance(item, Recipe):
+        return []
+    there = {other.name for other in items if isinstance(other, Manifest)}
+    return [name for name in item.plugins if name not in there]
+
+
+def plain(item: Recipe | Preset | Manifest, items: Sequence[Recipe | Preset | Manifest] = ()) -> dict[str, Any]:
+    """An item as data for `--json`; a plugin's settings with what the recipes among the items set."""
     data = asdict(item)
     data["kind"] = {Recipe: "recipe", Preset: "preset", Manifest: "plugin"}[type(item)]
     if isinstance(item, Manifest):
         data["needs"] = sorted(item.needs)
-        data["settings"] = [_row(setting) for setting in item.settings]
+        data["settings"] = _settings(item, given(item, items))
     else:
         data["file"] = str(item.file)
     return data
@@ -138,7 +165,8 @@ def _print_file(item: Recipe | Preset) -> None:
     print(f"  {item.summary}")
     if isinstance(item, Recipe):
         about = {"paper": f"arXiv:{item.arxiv}" if item.arxiv else "", "stages": ", ".join(item.stages)}
-        about |= {"plugins": ", ".join(item.plugins), "results": item.results, "status": item.status}
+        about |= {"plugins": ", ".join(item.plugins), "the paper reports": item.results}
+        about |= {"treats": item.problem, "measured here": item.status}
         own = item.distribution == OWN_DISTRIBUTION
         about |= {"page": f"docs/recipes/{item.name}.md" if own else "", "file": str(item.file)}
     else:
@@ -152,7 +180,7 @@ def _print_file(item: Recipe | Preset) -> None:
     _table("verl settings", ["key", "value"], rows)
 
 
-def _print_plugin(item: Manifest) -> None:
+def _print_plugin(item: Manifest, given: Mapping[str, Any] | None) -> None:
     _heading("plugin", item.name, f"{item.distribution} {item.distribution_version}")
     if item.broken:
         print(f"  broken: {item.broken}")
@@ -160,14 +188,24 @@ def _print_plugin(item: Manifest) -> None:
     print(f"  {item.idea}")
     stages = ", ".join(f"{hook.stage} ({hook.kind})" for hook in item.hooks)
     _pairs({"paper": item.paper, "stages": stages, "needs": ", ".join(sorted(item.needs)), "verl": item.verl})
-    rows = [{**_row(setting), "setting": f"plugins.{item.name}.{setting.name}"} for setting in item.settings]
-    _table("settings", ["setting", "default", "authors", "accepts", "doc"], rows)
+    rows = [{**row, "setting": f"plugins.{item.name}.{row['setting']}"} for row in _settings(item, given)]
+    own = [] if given is None else ["recipe"]
+    _table("settings", ["setting", "default", *own, "authors", "accepts", "doc"], rows)
+
+
+def _settings(item: Manifest, given: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """One row per setting; `recipe` is the recipe's own value, empty where it leaves the default."""
+    rows = [_row(setting) for setting in item.settings]
+    known = {setting.name for setting in item.settings}
+    strange = [name for name in given or {} if name not in known]
+    rows += [{**_row(Setting(name, "", MISSING, "not a setting of this plugin"))} for name in strange]
+    return [row | {"recipe": (given or {}).get(row["setting"], "")} for row in rows]
 
 
 def _row(setting: Setting) -> dict[str, Any]:
     row = {"setting": setting.name, "type": setting.type, "doc": setting.doc, "accepts": _accepts(setting)}
-    given = {"default": setting.default, "authors": setting.authors}
-    return row | {key: "" if value is MISSING else value for key, value in given.items()}
+    values = {"default": setting.default, "authors": setting.authors}
+    return row | {key: "" if value is MISSING else value for key, value in values.items()}
 
 
 def _accepts(setting: Setting) -> str:
@@ -233,6 +271,11 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -
     for row in rows:
         table.add_row(*[_text(row[column]) for column in columns])
     _console().print(table)
+
+
+def _line(text: Any) -> str:
+    """A text of somebody's recipe on one line, without control characters."""
+    return "".join(sign if sign.isprintable() else " " for sign in " ".join(str(text).split()))
 
 
 def _text(value: Any) -> str:
