@@ -152,6 +152,29 @@ def compare(
 
 
 @app.command()
+def score(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Answers, as .jsonl, .json or .parquet, or a dump.")],
+    text: Annotated[Optional[str], typer.Option(metavar="COLUMN", help="The responses.")] = None,  # noqa: UP045
+    truth: Annotated[Optional[str], typer.Option(metavar="COLUMN", help="The ground truth.")] = None,  # noqa: UP045
+    rows: Annotated[int, typer.Option(min=0, help="How many rows to show that are worth a look.")] = 20,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that compare.")] = 4,
+    deadline: Annotated[float, typer.Option(min=0.01, help="Seconds a comparison may take.")] = 5.0,
+    as_json: Json = False,
+) -> None:
+    """Score a file of answers as training does: verdicts, reasons, and where plain Math-Verify says otherwise."""
+    from rich.console import Console
+
+    from verl_plugins.data.score import print_scores
+    from verl_plugins.data.score import score as score_file
+
+    scores = score_file(file, text, truth, workers, deadline)
+    if as_json:
+        _print_json(scores.plain())
+    else:
+        print_scores(scores, Console(), rows)
+
+
+@app.command()
 def doctor(
     ray: Annotated[bool, typer.Option("--ray", help="Start a worker of each kind on each node and compare.")] = False,
     address: Annotated[Optional[str], typer.Option(help="With --ray: a running cluster.")] = None,  # noqa: UP045

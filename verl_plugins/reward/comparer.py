@@ -114,6 +114,18 @@ class Comparer:
         reason, what = self._remembered(form, expected)
         return Scored(reason in RIGHT, reason, answer, form, what)
 
+    def plainly(self, text: str, truth: Any) -> bool:
+        """What plain Math-Verify says of the end of a response; an error or time-out is a no.
+
+        Raises:
+            PluginError: the processes cannot be started.
+        """
+        try:
+            reply = self.pool.ask({"text": text[-self.max_characters :], "expected": str(truth)})
+        except (DeadlinePassed, WorkerDied):
+            return False
+        return reply["correct"]
+
     def _ask(self, form: str, expected: str) -> tuple[str, str]:
         try:
             reply = self.pool.ask({"answer": form, "truth": expected})

@@ -122,6 +122,7 @@ def _normal_form(answer: str) -> str:
     text = _SCRIPT.sub(r"\1\2", text)
     text = re.sub(r"(?<=[0-9)])\*\*(?=[-\d(a-z])|(?<=[a-z])\*\*(?=[-\d(])", "^", text)
     text = _LOOSE.sub(r"\1", re.sub(r"\s+", " ", text))
+    text = re.sub(r"(?<!\d),\s+|,\s+(?!\d)", ",", re.sub(r"\s+,", ",", text))
     text = _AFTER_COMMAND.sub(r"\1", text)
     text = re.sub(r" (?=\\)", "", text)
     text = re.sub(r"(?<!\\)%", r"\\%", text)

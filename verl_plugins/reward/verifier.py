@@ -77,9 +77,12 @@ def main() -> None:
     sys.path[:] = settings.pop("path")
     logging.disable()
     from verl_plugins.reward.compare import judge
+    from verl_plugins.reward.plain import judge_plainly
 
     for answer, truth in WARM_UP:
         judge(answer, truth)
+        judge_plainly(f"${answer}$", truth)
+    judge_plainly(r"\boxed{(x-1)(x+1)}", "x^2-1")
     warnings.simplefilter("ignore")  # only now: sympy sets filters of its own
     gc.collect()
     gc.freeze()  # keeps memory shared with the workers
@@ -142,6 +145,7 @@ def work(connection: socket.socket, memory: int, seconds: float) -> None:
         seconds: the most CPU time per request: a worker that nobody kills ends by itself.
     """
     from verl_plugins.reward.compare import judge
+    from verl_plugins.reward.plain import judge_plainly
 
     send(connection, {"pid": os.getpid(), "modules": sorted(sys.modules)})
     confine(memory)
@@ -149,7 +153,7 @@ def work(connection: socket.socket, memory: int, seconds: float) -> None:
         request = receive(connection)
         used = resource.getrusage(resource.RUSAGE_SELF)
         _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + seconds) + 2, soft=True)
-        reply = judge(**request)
+        reply = judge_plainly(**request) if "text" in request else judge(**request)
         send(connection, reply)
         if reply.get("what", "").startswith("MemoryError"):
             return  # what filled the memory may still be held

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +16,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from rich.console import Console
 
 from verl_plugins.batch import Batch
 from verl_plugins.composition.override import parse
 from verl_plugins.cpu.preset import check_prompts
 from verl_plugins.data import rows as rows_module
 from verl_plugins.data.convert import Options, convert
-from verl_plugins.data.report import Report
+from verl_plugins.data.report import Report, print_report
 from verl_plugins.errors import CompositionError, DataError
 from verl_plugins.reward.final_answer import last_boxed
 from verl_plugins.reward.math_verify import MathVerify
@@ -208,6 +210,40 @@ class TestScoring:
     def test_data_without_a_source_gets_a_name_that_no_scorer_of_verl_claims(self, lines: Any, out: Path) -> None:
         convert(lines(*plain(1)), out)
         assert written(out)[0]["data_source"] == "own/plain"
+
+
+class TestDisagreement:
+    """A worked solution that marks another answer than the row has."""
+
+    @pytest.mark.parametrize(
+        ("solution", "answer", "disagrees"),
+        [
+            (r"So \boxed{3}.", "2", True),
+            (r"So \boxed{\frac{4}{2}}.", "2", False),
+            ("Hence the answer is 2.5.", "5/2", False),
+            ("Hence the answer is 2.6.", "5/2", True),
+            ("We add 1 and 2 and get 4 in the end.", "3", False),
+            (r"So \boxed{∇}.", "2", False),
+            (r"So \boxed{2√3}.", r"\sqrt{12}", False),
+            (r"So \boxed{C}.", "D", True),
+        ],
+    )
+    def test_is_counted_and_the_answer_stays(
+        self, lines: Any, out: Path, solution: str, answer: str, disagrees: bool
+    ) -> None:
+        report = convert(lines({"problem": "?", "answer": answer, "solution": solution}), out)
+        assert truths(out) == [answer]
+        assert [found.row for found in report.disagreements] == [1] * disagrees
+        assert dict(report.numbers())["… that ends with another answer"] == disagrees
+
+    def test_the_report_names_the_rows(self, lines: Any, out: Path) -> None:
+        rows = [{"problem": f"{n}?", "answer": str(n), "solution": rf"\boxed{{{n + (n > 1)}}}"} for n in range(9)]
+        report = convert(lines(*rows), out)
+        console = Console(width=200, record=True, file=io.StringIO())
+        print_report(report, console)
+        text = console.export_text()
+        assert "solution and answer disagree" in text
+        assert "row 3 (solution '3', answer '2')" in text and "and 2 more" in text
 
 
 class TestUnanswered:
