@@ -24,7 +24,7 @@ from verl_plugins.bridge.environment import of_this_run
 from verl_plugins.bridge.folder import locked, trouble
 from verl_plugins.bridge.intact import latest_step, resumed_from
 from verl_plugins.bridge.report import LOG_FILE, Reporter, Terminal
-from verl_plugins.composition import manager
+from verl_plugins.composition import loggers, manager
 from verl_plugins.composition.scratch import scratch
 from verl_plugins.cpu.head import LOOPBACK
 from verl_plugins.errors import CompositionError, PluginError, RunError
@@ -55,8 +55,10 @@ def _prepared(composed: Any, out: Path) -> DictConfig:
     """The final configuration; everything a user can have got wrong about the run folder is found here."""
     os.environ.update({RUN_VARIABLE: "1", "TOKENIZERS_PARALLELISM": "false", **composed.env})
     config = finish(composed.config, out)
+    loggers.name_run(config, composed, out)
     resumed_from(config)
     os.environ.update(_determinism(config) | census.announce(OmegaConf.to_container(config.plugins)))
+    os.environ.update(loggers.places(config, out, os.environ))
     if composed.prepare:
         module, _, function = composed.prepare.partition(":")
         getattr(importlib.import_module(module), function)(config)

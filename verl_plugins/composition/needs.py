@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from verl_plugins.composition import refusals
 from verl_plugins.composition.compose import Composed
+from verl_plugins.composition.loggers import check_loggers
 from verl_plugins.composition.manager import Plugins, build
 from verl_plugins.composition.override import one_line
 from verl_plugins.errors import CompositionError, PluginError, nearest
@@ -39,6 +40,7 @@ def check(composed: Composed) -> Plugins:
     config = composed.config
     try:
         _check_trainer(config)
+        check_loggers(config)
         _check_missing(config, prepared=composed.prepare is not None)
         config.plugins = composed.plugins  # interpolations resolved, the same in every process
         plugins = build(composed.plugins)
