@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from verl_plugins import Groups
+from verl_plugins.groups import RUNS_FROM
 
 FEW = settings(max_examples=60, deadline=None)
 VALUES = st.one_of(st.integers(-3, 3).map(float), st.floats(-1e3, 1e3, width=32))
@@ -166,3 +167,50 @@ class TestInputs:
             Groups(["a", "b"]).mean(torch.zeros(3))
         with pytest.raises(ValueError, match="counted has shape"):
             Groups(["a", "b"], torch.ones(3, dtype=torch.bool))
+
+
+class TestManyRows:
+    """From RUNS_FROM rows on, neighbours of one label are looked up once; what comes out is the same."""
+
+    PATTERNS = {
+        "neighbours": lambda row: row // 4,
+        "a, b, a, c": lambda row: (0, 1, 0, 2)[row // 8 % 4] + 3 * (row // 512),
+        "from the end again": lambda row: min(row, 5000 - row) // 2,
+        "a first run of one": lambda row: (row + 3) // 4,
+        "alternating": lambda row: row % 7,
+        "one": lambda row: 0,
+        "all different": lambda row: row,
+    }
+
+    @pytest.mark.parametrize("rows", [RUNS_FROM - 1, RUNS_FROM, RUNS_FROM + 1, 5001])
+    @pytest.mark.parametrize("pattern", PATTERNS)
+    @pytest.mark.parametrize("kind", ["text", "numbers", "tensor"])
+    def test_labels(self, rows, pattern, kind):
+        numbers = [self.PATTERNS[pattern](row) for row in range(rows)]
+        labels = [f"{number}-1-0" for number in numbers] if kind == "text" else numbers
+        groups = Groups(torch.tensor(labels) if kind == "tensor" else np.array(labels, dtype=object))
+        assert groups.labels.tolist() == list(dict.fromkeys(labels))
+        assert groups.labels[groups.index.numpy()].tolist() == labels
+        sizes = Counter(labels)
+        assert groups.count().tolist() == [sizes[label] for label in labels]
+
+    @pytest.mark.parametrize("labels", [[], ["a"], ["a", "a"], ["a", "b"], ["a", "a", "b", "a"]])
+    def test_few(self, labels):
+        groups = Groups(labels)
+        assert groups.labels.tolist() == list(dict.fromkeys(labels))
+        assert groups.labels[groups.index.numpy()].tolist() == labels
+
+    def test_more_groups_than_16_bits_can_number(self):
+        count = (1 << 16) + 9
+        label, value = torch.arange(2 * count) % count, torch.arange(2 * count).flip(0).float()
+        groups = Groups(label)
+        assert torch.equal(groups.max(value), value[:count].repeat(2))
+        assert torch.equal(groups.min(value), value[count:].repeat(2))
+
+    def test_groups_of_different_sizes(self):
+        """The longest decides how wide the table is, also where the rows would fill another one."""
+        labels, values = list("aabbbbcccd"), torch.tensor([3.0, 1, 5, 4, 9, 7, 2, 8, 6, 0])
+        groups = Groups(labels)
+        assert groups.min(values).tolist() == [1, 1, 4, 4, 4, 4, 2, 2, 2, 0]
+        assert groups.max(values).tolist() == [3, 3, 9, 9, 9, 9, 8, 8, 8, 0]
+        assert groups.median(values).tolist() == [1, 1, 5, 5, 5, 5, 6, 6, 6, 0]

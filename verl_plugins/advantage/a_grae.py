@@ -65,7 +65,7 @@ def asymmetric_advantage(
     """Scores and accuracies in [0, 1], both [rows] -> advantage [rows], mean accuracy of each prompt [G], omega."""
     omega = proficiency(accuracy, groups, config.variant)
     mean, std = (groups.per_group(values) for values in groups.moments(scores))
-    rate = mean if accuracy is scores else groups.per_group(groups.mean(accuracy))
+    rate = groups.per_group(groups.mean(accuracy))
     factor = attention_shift(rate, omega, config.sample_level, config.variant)
     if config.scale == "std":
         factor = factor / (std + config.epsilon)
@@ -142,13 +142,14 @@ class AGrae(Plugin):
         values, what = (batch.scores, "the score") if key is None else (batch.extra(key), f"{key!r}")
         if not (isinstance(values, Tensor) and values.dim() == 1):
             raise DataError(f"a_grae: plugins.a_grae.correctness_key={key!r} is not a number per response")
+        values = batch.of_session(values)
         least, most = float(values.min()), float(values.max())
         if not -ROUNDING <= least <= most <= 1 + ROUNDING:
             raise DataError(
                 f"a_grae: {what} goes from {least:g} to {most:g} and must lie in [0, 1]; set "
                 "plugins.a_grae.correctness_key to a part of the reward that does"
             )
-        return batch.scores if key is None else batch.of_session(values)
+        return values
 
 
 def symmetry(advantage: Tensor, rate: Tensor, batch: Batch) -> dict[str, float]:

@@ -252,7 +252,7 @@ class RiskPo(Plugin):
         advantage = advantage / (std + EPSILON) if config.scale == "std" else advantage
         given = share_out(advantage, papers, scores, groups, config.credit)
         run.log(summary(papers, advantage, low, high, config))
-        surplus = papers.cell == papers.there.numel()
+        surplus = (papers.cell == papers.there.numel()) & batch.is_last
         run.log({"abs_adv_max": float(given.abs().max()), "surplus_responses": float(surplus.sum())})
         self.tracked = track(self.tracked, papers.scores[papers.there], config.lr_q)
         run.log({f"quantile_{level:.2f}": float(q) for level, q in zip(LEVELS.tolist(), self.tracked, strict=True)})

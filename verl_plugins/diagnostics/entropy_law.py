@@ -31,6 +31,8 @@ from verl_plugins import Batch, CompositionError, DataError, Plugin, Run, hookim
 
 NARROW = 1e-6
 """Entropies within a range smaller than this, in nats, give no fit."""
+ROUNDING = 1e-12
+"""Scores that differ by less, in relation to their size, are all alike: a mean's last digit is no law."""
 PICTURE = "entropy_law.png"
 
 
@@ -60,7 +62,7 @@ def fit(entropy: Sequence[float], score: Sequence[float]) -> Law | None:
     if len(entropy) < 2 or np.ptp(entropy) < NARROW:
         return None
     x, y = np.exp(np.asarray(entropy, dtype=np.float64)), np.asarray(score, dtype=np.float64)
-    if np.ptp(y) == 0:
+    if np.ptp(y) <= ROUNDING * np.abs(y).max():
         return Law(0.0, float(y[0]), 0.0, None, len(y))
     from_mean = x - x.mean()
     a = -float(from_mean @ (y - y.mean())) / float(from_mean @ from_mean)

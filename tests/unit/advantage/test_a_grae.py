@@ -161,6 +161,38 @@ class TestOmega:
             found = estimate(*groups_of([score], [1, 0, 0]), variant=variant, scale=scale, group_level=level)
             assert found[0] == 0 and (found[1:] != 0).all()
 
+    @pytest.mark.parametrize("score", [1 + 5e-7, 1 + 1e-7, -5e-7])
+    @pytest.mark.parametrize("variant", ["paper", "code"])
+    def test_a_score_just_beyond_its_range(self, score, variant):
+        rows = groups_of([score, round(score)], [1, 0, 0])
+        found = estimate(*rows, variant=variant, scale="none", fields={"dtype": torch.float64})
+        assert torch.isfinite(found).all() and (found[:2].abs() < 1e-3).all()
+
+    @pytest.mark.parametrize("score", [1 + 1e-5, -1e-5])
+    def test_further_out_is_refused(self, score):
+        with pytest.raises(DataError):
+            estimate(*groups_of([score, 1, 0]))
+
+    def test_shares_of_hard_and_easy_prompts(self):
+        """A third is medium, two thirds are easy."""
+        run, rows = FakeRun(), groups_of([1, 0, 0], [1, 1, 0], [0, 0, 0, 1], [1, 1, 1], [0, 0])
+        found = estimate(*rows, run=run, scale="none")
+        sizes = found.abs().split([3, 3, 4, 3, 2])
+        easy, hard = torch.cat([sizes[1], sizes[3]]), torch.cat([sizes[2], sizes[4]])
+        logged = {name: run.metrics[name] for name in ("weight_medium", "weight_easy", "weight_hard")}
+        assert logged == pytest.approx(
+            {
+                "weight_medium": float(sizes[0].mean()),
+                "weight_easy": float(easy.mean()),
+                "weight_hard": float(hard.mean()),
+            }
+        )
+        assert (run.metrics["frac_solved_all"], run.metrics["frac_solved_none"]) == pytest.approx((0.2, 0.2))
+        right = float(found.clamp(min=0).sum())
+        assert run.metrics["positive_weight"] == pytest.approx(right)
+        assert run.metrics["negative_weight"] == pytest.approx(float(found.abs().sum()) - right)
+        assert run.metrics["positive_share"] == pytest.approx(right / float(found.abs().sum()))
+
     def test_a_lone_response_counts_in_omega(self):
         assert self.omega(groups_of([1], [1, 0, 0])) == pytest.approx(0.5)
         assert self.omega(groups_of([1], [1, 0, 0]), variant="code") == pytest.approx(1 / 6)

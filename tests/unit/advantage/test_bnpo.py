@@ -242,3 +242,56 @@ def test_metrics():
     assert run.metrics["weight_min"] < run.metrics["weight_mean"] < run.metrics["weight_max"] < 1e3
     assert run.metrics["fallback"] == 0
     assert 0 < run.metrics["advantage_var"] < 1
+
+
+class TestRounding:
+    """Sums of float32 are not exact: neither weights nor densities may see that."""
+
+    @pytest.mark.parametrize(("apart", "fallback"), [(6e-8, True), (5e-7, True), (2e-6, False), (1e-3, False)])
+    def test_rates_that_hardly_differ_are_one_rate(self, apart, fallback):
+        found = fit(torch.tensor([0.5, 0.5 + apart, 0.5], dtype=torch.float64))
+        assert found.fallback == fallback
+        assert (found.alpha == found.beta == 1) == fallback
+
+    def test_weights_do_not_explode_where_rates_hardly_differ(self):
+        third = [1 / 3 + 6e-8, 1 / 3, 1 / 3 - 1e-7]
+        found = estimate(*groups_of(third, [1 / 3] * 3, [0.0, 1 / 3, 2 / 3]))
+        assert found.abs().max() <= 1 / 3 + 1e-6
+
+    @pytest.mark.parametrize("beyond", [1e-7, 9e-7])
+    def test_a_score_just_beyond_its_range_counts_as_its_end(self, beyond):
+        rows = groups_of([1, 1, 0], [1, 1, 1], [0, 0, 0])
+        moved = [1 + beyond if score == 1 else -beyond for score in rows[1]]
+        found = estimate(rows[0], moved, fields={"dtype": torch.float64})
+        assert torch.equal(found, estimate(*rows, fields={"dtype": torch.float64})) and torch.isfinite(found).all()
+        wide = [3 * score + 2 for score in moved]  # as much beyond, in relation to the range
+        moved = estimate(rows[0], wide, fields={"dtype": torch.float64}, reward_min=2.0, reward_max=5.0)
+        torch.testing.assert_close(moved, found)
+
+    @pytest.mark.parametrize("score", [1 + 1e-5, -1e-5, math.nan])
+    def test_further_out_is_refused(self, score):
+        with pytest.raises(DataError):
+            estimate(*groups_of([score, 0.0, 1.0]))
+
+    def test_metrics_of_solved_and_unsolved_prompts(self):
+        run = FakeRun()
+        estimate(*groups_of([0, 0], [0, 0], [1, 1], [1, 0], [0.5, 1]), run)
+        found = run.metrics
+        assert (found["frac_p0"], found["frac_p1"]) == pytest.approx((0.4, 0.2))
+        density = inverse_density(torch.tensor([0.5, 0.75]), found["alpha"], found["beta"])
+        assert found["weight_min"] == pytest.approx(float(density.min()))
+        assert found["weight_max"] == pytest.approx(float(density.max()))
+        assert found["weight_mean"] == pytest.approx(float(density.mean()))
+        rates = torch.tensor([0.0, 0, 1, 0.5, 0.75])
+        assert (found["p_mean"], found["p_var"]) == pytest.approx((float(rates.mean()), float(rates.var())))
+
+    def test_two_prompts_are_enough_to_fit(self):
+        assert not fit(torch.tensor([0.25, 0.75])).fallback
+
+    @pytest.mark.parametrize(("n", "refused"), [(1, True), (2, False)])
+    def test_two_responses_are_enough_to_compare(self, n, refused):
+        config = OmegaConf.create({"actor_rollout_ref": {"rollout": {"n": n}}})
+        if not refused:
+            return Bnpo(Bnpo.Config()).check(config)
+        with pytest.raises(CompositionError, match="rollout.n=1"):
+            Bnpo(Bnpo.Config()).check(config)

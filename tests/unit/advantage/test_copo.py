@@ -263,6 +263,20 @@ class TestTwoLosses:
         other = self.tokens(0.5, advantages=across[:, None].expand(-1, 4))
         torch.testing.assert_close(found[::2], clipped_loss(other)[::2])
 
+    @pytest.mark.parametrize("advantage", [1.0, -1.0])
+    @pytest.mark.parametrize(("moved", "ratio"), [(30.0, math.exp(20)), (-30.0, math.exp(-20)), (0.5, math.exp(0.5))])
+    def test_the_global_loss_is_bounded_as_verls_is(self, advantage, moved, ratio):
+        """log r within ±20, r within the clip range, and of a negative advantage no more than clip_ratio_c."""
+        old = torch.full((self.ROWS, self.WIDTH), -1.0, dtype=torch.float64)
+        across, zeros = torch.full((self.ROWS,), advantage).double(), torch.zeros(self.ROWS).double()
+        fields = {"old_log_probs": old, "log_probs": (old + moved).requires_grad_()}
+        tokens = self.tokens(0.0, **fields, extra={GLOBAL: across, WEIGHT: zeros}.__getitem__)
+        within = min(max(ratio, 0.8), 1.3)
+        expected = max(-advantage * ratio, -advantage * within)
+        expected = min(expected, 3.0) if advantage < 0 else expected
+        found = self.loss(method(form="two_losses"), tokens)
+        assert found.flatten().tolist() == pytest.approx([expected] * found.numel())
+
     def test_what_the_driver_sends(self):
         uid, scores, answers = ["1-1-0"] * 2 + ["2-1-0"] * 2, [1.0, 0.0, 1.0, 1.0], ["1", "2", "3", "3"]
         batch, plugin = make_batch(uid, scores, answers), method(form="two_losses")

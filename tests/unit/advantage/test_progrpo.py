@@ -212,3 +212,33 @@ def test_bypass_mode_is_refused(sentence):
     with pytest.raises(CompositionError) as error:
         needs.check(compose("progrpo", "cpu", [bypass]))
     sentence(error.value, "'progrpo'", bypass)
+
+
+class TestWhoIsReweighted:
+    """Groups with a right response; with `skip_all_correct` only if they have a wrong one, too."""
+
+    UID = ["1-1-0"] * 3 + ["2-1-0"] * 3 + ["3-1-0"] * 3
+    SCORES = [0.0, 0, 0, 1, 1, 1, 0, 1, 0]
+
+    @pytest.mark.parametrize(("skip", "moved"), [(False, [False, True, True]), (True, [False, False, True])])
+    @pytest.mark.parametrize("scope", ["all", "low"])
+    def test_groups(self, skip, moved, scope):
+        batch, run = with_log_probs(self.UID, self.SCORES), FakeRun()
+        found = estimate(batch, run=run, skip_all_correct=skip, prompt_scope=scope) - plain(batch)
+        assert (found.abs().sum(1) > 0).tolist() == [one for one in moved for _ in range(3)]
+        assert run.metrics["active_groups"] == pytest.approx(sum(moved) / 3)
+
+    def test_the_prompts_least_probable_share(self):
+        """Of its tokens after the first, at least one; by the same rule as of a response."""
+        log_probs = torch.tensor([[-0.1, -2.0, -0.5], [-0.3, -0.2, 9.0]])
+        assert prompt_confidence(log_probs, torch.tensor([3, 2]), 0.2).tolist() == pytest.approx(
+            [math.exp(-2), math.exp(-0.3)]
+        )
+        assert prompt_confidence(log_probs, torch.tensor([3, 2]), 0.5).tolist() == pytest.approx(
+            [math.exp(-1.25), math.exp(-0.3)]
+        )
+        batch = with_log_probs(["1-1-0"] * 2, [1.0, 0.0])
+        low = estimate(batch, prompt_scope="low", low_prob_ratio=0.6, alpha=1.0) - plain(batch)
+        prompt = prompt_confidence(batch.prompt_log_probs, torch.tensor([PROMPT] * 2), 0.6)
+        answer = confidence(batch.old_log_probs, batch.response_mask, 0.6)
+        torch.testing.assert_close(low, batch.to_tokens(prompt - answer))

@@ -24,6 +24,7 @@ from verl_plugins.advantage.riskpo import (
     bundle_quantiles,
     bundle_std,
     make_papers,
+    nearest,
     share_out,
     track,
 )
@@ -359,3 +360,69 @@ def test_metrics():
     assert run.metrics["abs_adv_max"] >= -run.metrics["paper_advantage_min"] > 0
     assert run.metrics["quantile_0.50"] == 4
     assert run.metrics["surplus_responses"] == 0
+
+
+class TestLevels:
+    """Of 19 tracked levels the nearest, of two equally near ones the lower."""
+
+    @pytest.mark.parametrize(
+        ("level", "place"),
+        [
+            (0.05, 0),
+            (0.01, 0),
+            (0.074, 0),
+            (0.075, 0),
+            (0.076, 1),
+            (0.225, 3),
+            (0.5, 9),
+            (0.825, 15),
+            (0.95, 18),
+            (0.99, 18),
+        ],
+    )
+    def test_nearest(self, level, place):
+        assert nearest(level) == place
+        assert float(at_level(torch.arange(19.0), level)) == place
+
+    def test_the_mean_of_both(self):
+        """`mix`: halfway between the bundle's own and the tracked quantiles."""
+        plugin, groups = method(quantiles="mix", bundle_size=1), Groups(["1-1-0"] * 5)
+        plugin.tracked = torch.linspace(10, 28, 19, dtype=torch.float64)
+        papers = make_papers(
+            torch.tensor([0.0, 1, 2, 3, 4]), groups, torch.arange(5), torch.zeros(1, dtype=torch.int64)
+        )
+        low, high = plugin.limits(papers)
+        assert (low.item(), high.item()) == pytest.approx(((0.8 + 13) / 2, (3.2 + 25) / 2))
+
+
+class TestAbsentPapers:
+    """Groups of different size: a bundle has as many papers as its smallest group."""
+
+    UID = ["1-1-0"] * 4 + ["2-1-0"] * 2 + ["3-1-0"] * 3
+    SCORES = [1.0, 0, 1, 1, 1, 0, 0, 1, 1]
+
+    def papers(self, bundle: list[int]):
+        groups, session = Groups(self.UID), torch.tensor([0, 1, 2, 3, 0, 1, 0, 1, 2])
+        return make_papers(torch.tensor(self.SCORES), groups, session, torch.tensor(bundle))
+
+    def test_table(self):
+        papers = self.papers([0, 0, 1])
+        assert papers.there.tolist() == [[True, True, False], [True, True, True]]
+        assert papers.scores.tolist() == [[2, 0, 0], [0, 1, 1]]
+        assert papers.prompts.tolist() == [2, 1]
+        assert papers.spread(torch.tensor([[1.0, 2, 9], [3, 4, 5]])).tolist() == [1, 2, 0, 0, 1, 2, 3, 4, 5]
+
+    def test_they_are_no_part_of_quantiles_and_std(self):
+        papers = self.papers([0, 0, 1])
+        low, high = bundle_quantiles(papers, (0.2, 0.8))
+        assert low.flatten().tolist() == pytest.approx([0.4, 0.4])
+        assert high.flatten().tolist() == pytest.approx([1.6, 1.0])
+        assert bundle_std(papers).flatten().tolist() == pytest.approx([2**0.5, (1 / 3) ** 0.5])
+
+    def test_one_paper(self):
+        papers = make_papers(
+            torch.tensor([1.0, 0, 1]), Groups(["1-1-0"] * 2 + ["2-1-0"]), torch.tensor([0, 1, 0]), torch.tensor([0, 0])
+        )
+        assert papers.scores.tolist() == [[2]] and bundle_std(papers).tolist() == [[1]]
+        assert [float(q) for q in bundle_quantiles(papers, (0.2, 0.8))] == [2, 2]
+        assert estimate(["1-1-0"] * 2 + ["2-1-0"], [1.0, 0.0, 1.0], bundle_size=2).tolist() == [0, 0, 0]

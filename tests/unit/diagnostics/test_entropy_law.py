@@ -107,6 +107,14 @@ class TestFit:
         law = fit([0.1, 0.2, 0.3], [0.1 + 0.2] * 3)
         assert (law.a, law.b, law.rmse, law.r2, law.ceiling) == (0, 0.1 + 0.2, 0, None, None)
 
+    @pytest.mark.parametrize("noise", [[0, 1, 0, 1], [0, 0, 0, 1], [2, 1, 0, -1]])
+    @pytest.mark.parametrize("score", [0.3, 1.0, 57.1, -0.2])
+    def test_the_last_digit_of_a_constant_is_no_law(self, score, noise):
+        scores = [score + n * math.ulp(score) for n in noise]
+        law = fit([0.9, 0.7, 0.4, 0.2], scores)
+        assert (law.a, law.rmse, law.r2, law.ceiling) == (0, 0, None, None)
+        assert law.b == pytest.approx(score)
+
     def test_a_score_that_rises_with_entropy_has_no_ceiling(self):
         law = fit([0.1, 0.2, 0.3], [0.1, 0.2, 0.3])
         assert law.a < 0

@@ -111,6 +111,22 @@ class TestAdvantage:
         other = Batch.from_tensors(uid=[uid[row] for row in order], **fields)
         torch.testing.assert_close(estimate(other), estimate(given)[order], rtol=1e-5, atol=1e-6)
 
+    def test_a_score_at_the_threshold_is_wrong(self):
+        given, run = batch(["1-1-0"] * 4, [0.25, 0.5, 0.75, 0.0]), CountingRun()
+        found = estimate(given, run=run, score_threshold=0.5)
+        assert run.metrics["true_ratio"] == 0.25
+        assert run.passes[0][0] == ["1-1-0_2_0"]
+        left = (1 - run.metrics["alpha"]) * plain(given)
+        torch.testing.assert_close(found[[0, 1, 3]], left[[0, 1, 3]])
+
+    def test_on_target_the_temperature_is_the_high_one(self):
+        given = batch(*MIXED, entropy=torch.full((8, TOKENS), 0.25))
+        for base, temperature in ((0.25, 1.2), (0.5, 1.2), (0.125, 0.8)):
+            estimate(given, run=(run := CountingRun()), entropy_base=base)
+            assert run.metrics["temperature"] == temperature
+            assert run.metrics["forward_pass"] == (base != 0.25)
+            assert run.metrics["a0"] == pytest.approx(min(abs(base - 0.25), 0.1))
+
     def test_all_right_is_pure_reinforcement(self):
         given = batch(["1-1-0"] * 4, [1.0] * 4)
         found = estimate(given)

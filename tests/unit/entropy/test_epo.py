@@ -18,7 +18,19 @@ from verl_plugins.bridge.defaults import ActorDefaults, clipped_loss
 from verl_plugins.composition import needs
 from verl_plugins.composition.compose import compose
 from verl_plugins.composition.manager import Plugins
-from verl_plugins.entropy.epo import GATE, REFERENCE, Epo, History, left_padded, phase_weight, turn_index, turn_means
+from verl_plugins.entropy.epo import (
+    GATE,
+    REFERENCE,
+    Epo,
+    History,
+    for_the_loss,
+    left_padded,
+    outside,
+    outside_by,
+    phase_weight,
+    turn_index,
+    turn_means,
+)
 
 FEW = settings(max_examples=30, deadline=None)
 SEEDS = st.integers(0, 10_000)
@@ -424,3 +436,52 @@ class TestRefusals:
             composed = compose("epo", "cpu", overrides)
             needs.check(composed)
             assert composed.config.actor_rollout_ref.actor.calculate_entropy
+
+
+class TestEdges:
+    """Strict or not: where the band, the gate and the halves of the schedule begin."""
+
+    @pytest.mark.parametrize(
+        ("entropy", "far"), [(0.25, 1), (0.3, 0), (0.5, 0), (0.75, 0), (1.0, 1), (0.2, 1), (1.1, 1)]
+    )
+    def test_the_ends_of_the_band_are_outside_and_cost_nothing(self, entropy, far):
+        """With Hbar 0.5: 0.25 to 1."""
+        given, usual = torch.tensor([entropy]), torch.tensor([0.5])
+        assert outside(given, usual, 0.5, 2.0).tolist() == [far]
+        beyond = max(0.25 - entropy, 0, entropy - 1)
+        assert outside_by(given, usual, 0.5, 2.0).tolist() == pytest.approx([beyond])
+
+    def test_without_a_history_nothing_is_outside(self):
+        given, usual = torch.tensor([0.0, 3.0]), torch.zeros(2)
+        assert outside(given, usual, 0.5, 2.0).tolist() == outside_by(given, usual, 0.5, 2.0).tolist() == [0, 0]
+
+    @pytest.mark.parametrize(("gate", "opened"), [(0, [2, 2, 2]), (1, [0, 2, 2]), (2, [0, 0, 2]), (3, [0, 0, 0])])
+    def test_the_gate_is_open_from_its_turn_on(self, gate, opened):
+        turns = torch.tensor([[0, 0, 0], [0, 1, 1], [0, 1, 2]])
+        mask = torch.ones(3, 3, dtype=torch.bool)
+        assert for_the_loss(torch.ones(3), turns, mask, gate, 2.0)[1].tolist() == opened
+        mask[2, 2] = False  # a turn without a token of the policy does not open it
+        assert for_the_loss(torch.ones(3), turns, mask, 2, 2.0)[1].tolist() == [0, 0, 0]
+
+    def test_a_turn_beyond_the_history_has_its_last(self):
+        reference, _ = for_the_loss(
+            torch.tensor([1.0, 2.0]), torch.tensor([[0, 1, 5]]), torch.ones(1, 3).bool(), 0, 1.0
+        )
+        assert reference.tolist() == [[1, 2, 2]]
+
+    @pytest.mark.parametrize(
+        ("step", "steps", "weight"),
+        [
+            (0, 10, 1.0),
+            (5, 10, 1 - 0.2 * (1 - math.exp(-2))),
+            (6, 10, 0.8 * math.exp(-3 / 5)),
+            (10, 10, 0.8 * math.exp(-3)),
+            (99, 10, 0.8 * math.exp(-3)),
+            (-1, 10, 1.0),
+            (0, 1, 1.0),
+            (1, 1, 0.8 * math.exp(-3)),
+            (5, 0, 1.0),
+        ],
+    )
+    def test_schedule(self, step, steps, weight):
+        assert phase_weight(step, steps) == pytest.approx(weight)

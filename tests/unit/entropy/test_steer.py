@@ -335,3 +335,30 @@ def test_two_policy_losses_are_refused_and_one_is_wrapped(sentence):
         needs.check(compose("steer+kl_cov", "cpu", ["+plugins.clip_cov.scope=batch"]))
     assert "kl_cov" in str(error.value)
     assert "clip_cov" in str(error.value)
+
+
+class TestBounds:
+    """Weights stay between their ends and Omega stays finite, whatever a token does."""
+
+    @pytest.mark.parametrize(("options", "high"), [({"map": "exp"}, 1.0), ({"map": "linear"}, 1.2)])
+    def test_a_token_beyond_what_the_batch_had(self, options, high):
+        """`scope: batch` takes M and m from the old policy: later tokens may lie beyond both."""
+        size, most, least = torch.tensor([0.0, 0.05, 0.1, 0.3, 0.5, 50.0]), torch.tensor(0.3), torch.tensor(0.1)
+        found = method(scope="batch", **options).of_size(size, most, least)
+        assert found[-3:].tolist() == pytest.approx([0.8] * 3)
+        assert float(found[0]) == pytest.approx(high) and found.max() <= high + 1e-6 and found.min() >= 0.8 - 1e-6
+        if options["map"] == "linear":
+            assert found[:3].tolist() == pytest.approx([1.2] * 3)
+
+    def test_probabilities_of_0_and_1(self):
+        log_p = torch.tensor([[-200.0, -torch.inf, 0.0, -1e-12, -1.0]], dtype=torch.float64)
+        old = torch.tensor([[-1.0, -1.0, -1.0, -1.0, -300.0]], dtype=torch.float64)
+        found = entropy_change(log_p, old, torch.ones(1, 5, dtype=torch.float64), torch.full((1, 5), 0.5).double())
+        p, q = [1e-8, 1e-8, 1 - 1e-8, 1 - 1e-8, math.exp(-1)], [*[math.exp(-1)] * 4, 1e-8]
+        expected = [a / b * (1 - a) * (math.log(a) + 0.5) for a, b in zip(p, q, strict=True)]
+        assert found[0].tolist() == pytest.approx(expected, rel=1e-6)
+
+    @pytest.mark.parametrize("entropy", [math.nan, math.inf])
+    def test_what_is_not_finite_is_0(self, entropy):
+        one = torch.full((1, 1), -1.0)
+        assert float(entropy_change(one, one, torch.ones(1, 1), torch.full((1, 1), entropy))) == 0

@@ -120,6 +120,22 @@ class TestVote:
     def test_answers_that_are_numbers(self):
         assert rewards_of(method(), sampled([[4, 4, 5]])) == [1, 1, 0]
 
+    @pytest.mark.parametrize(
+        ("missing", "answers", "rewards"),
+        [
+            ("as_empty_answer", ["", None, "", "3"], [1, 1, 1, 0]),
+            ("as_empty_answer", ["3", "", "3", None, "3"], [1, 0, 1, 0, 1]),
+            ("as_empty_answer", ["", "3", "3", None], [1, 0, 0, 1]),
+            ("excluded", ["", None, "", "3"], [0, 0, 0, 1]),
+            ("excluded", ["", None], [0, 0]),
+        ],
+    )
+    def test_who_is_paid_where_answers_are_missing(self, missing, answers, rewards):
+        batch, run = sampled([answers, ["1", "1", "2"]]), run_with(2)
+        assert rewards_of(method(missing=missing), batch, run) == [*rewards, 1, 1, 0]
+        blank = sum(not answer for answer in answers) / (len(answers) + 3)
+        assert run.metrics["missing_answer_share"] == pytest.approx(blank)
+
     def test_one_vote_agrees_with_itself(self):
         assert rewards_of(method(), sampled([["7"], ["8"]])) == [1, 1]
 

@@ -116,6 +116,31 @@ class TestPool:
         assert sorted(second) == list(range(12)) != second != first
         assert run.metrics["passes"] == 2
 
+    def test_each_pass_has_an_order_of_its_own_also_after_a_resume(self):
+        plugin, run, passes = method(pool_ratio=1), FakeRun(dataset=FakeDataset(12)), []
+        for number in range(4):
+            if number == 2:  # in the middle of the run, at the end of a pass
+                state, plugin = plugin.state_dict(), method(pool_ratio=1)
+                plugin.load_state_dict(state)
+            order = []
+            for run.step in range(3 * number + 1, 3 * number + 4):
+                order += asked(plugin, run, 4)
+            passes.append(tuple(order))
+        assert len(set(passes)) == 4 and all(sorted(order) == list(range(12)) for order in passes)
+        assert (plugin.passes, run.metrics["passes"]) == (4, 4)
+
+    def test_a_resume_in_the_middle_goes_on_where_it_was(self):
+        run, whole, parts = FakeRun(dataset=FakeDataset(12)), [], []
+        for found, resumed in ((whole, ()), (parts, (2, 5, 6))):
+            plugin = method(pool_ratio=1)
+            for run.step in range(1, 8):
+                if run.step in resumed:
+                    state, plugin = plugin.state_dict(), method(pool_ratio=1)
+                    plugin.load_state_dict(state)
+                run = FakeRun(dataset=run.dataset, step=run.step)
+                found.append(asked(plugin, run, 4))
+        assert whole == parts
+
     def test_the_rest_of_a_pass_is_left_out(self):
         plugin, run = method(pool_ratio=2), FakeRun(dataset=FakeDataset(10))
         pools = [plugin._next_pool(run, 2).tolist() for _ in range(4) if plugin._prepare(10) is None]

@@ -235,6 +235,35 @@ class TestReward:
         assert batch.rewards[0].tolist() == [0, 0, 1.5, 0]
         assert batch.correct.tolist() == [True, True, False, False]
 
+    def test_comes_on_top_of_a_reward_that_is_not_the_verdict(self, short):
+        plugin, run = method(templates=(short,), format_weight=0.5, validation="free"), run_of()
+        uid = ["0-1-0", "0-1-0", "1-1-1", "1-1-1"]
+        batch = make_batch(["4.", "4", "4", "4"], ["dots", "dots", "free", "free"], [1, 0, 0, 0], uid=uid)
+        batch.correct  # noqa: B018  before other plugins shape the rewards
+        batch.rewards = torch.tensor([0.25, -2.0, 0.75, 3.0])
+        plugin.shape_rewards(run, batch)
+        assert batch.scores.tolist() == [0.75, -2, 1.25, 3.5]
+        assert batch.correct.tolist() == [True, False, False, False]
+        plugin.observe(run, batch)
+        assert (run.metrics["acc_mean"], run.metrics["acc/dots"], run.metrics["acc/free"]) == (0.25, 0.5, 0)
+        assert run.metrics["format_only_groups"] == 0.5, "the second: one verdict, two rewards"
+
+    def test_a_session_of_several_outputs_is_paid_and_counted_by_its_last(self, short):
+        plugin, run = method(templates=(short,), validation="free"), run_of()
+        batch = make_batch(["4", "4.", "4.", "4"], ["dots"] * 4, [0, 1, 1, 0], uid=["0-1-0"] * 4)
+        batch = Batch.from_tensors(
+            uid=batch.uid.tolist(),
+            session=[0, 0, 1, 1],
+            turn=[0, 1, 0, 1],
+            tokenizer=batch._tokenizer,
+            **batch._source.fields,
+        )
+        plugin.shape_rewards(run, batch)
+        plugin.observe(run, batch)
+        assert batch.scores.tolist() == [2, 2, 0, 0]
+        counted = {name: run.metrics[name] for name in ("acc/dots", "format/dots", "count/dots", "length/dots")}
+        assert counted == {"acc/dots": 0.5, "format/dots": 0.5, "count/dots": 2, "length/dots": 2.5}
+
     def test_metrics(self, short):
         plugin, run = method(templates=(short,), validation="free"), run_of()
         texts, names = ["1.", "2", "3", "4"], ["dots", "dots", "free", "free"]

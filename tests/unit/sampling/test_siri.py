@@ -174,6 +174,17 @@ class TestOutcomes:
             }
         )
 
+    def test_outputs_and_scores_that_were_shaped(self):
+        """What gives no signal is a group of equal scores, whatever the verifier said."""
+        run, batch = FakeRun(), finished([4] * 4, [3, 9, 2, 3], [1, 0, 1, 0], uid=["1-1-0"] * 2 + ["2-1-0"] * 2)
+        batch.correct  # noqa: B018  before the rewards are shaped
+        batch.rewards = torch.tensor([1.0, 1.0, 2.0, 1.0])
+        method().observe(run, batch)
+        assert run.metrics["no_signal_rows"] == 0.5
+        assert (run.metrics["accuracy_truncated"], run.metrics["accuracy_finished"]) == (0, pytest.approx(2 / 3))
+        assert run.metrics["mean_length_over_cap"] == pytest.approx((3 / 4 + 1 + 2 / 4 + 3 / 4) / 4)
+        assert (run.metrics["truncated_frac"], run.metrics["all_truncated_rows"]) == (0.25, 0)
+
     def test_a_group_cut_off_as_a_whole(self):
         run = FakeRun()
         method().observe(run, finished([2, 2, 2, 2], [9, 9, 2, 2], [0, 0, 0, 1]))
