@@ -2,6 +2,7 @@
 # make test   lint and the whole test suite
 # make test-vllm  the tests of the preset cpu-vllm, in an environment of their own
 # make docs   build the documentation into site/
+# make mutants  plant small errors in the methods, one at a time: the tests must notice 92 % (hours; SAMPLE=8 tries so many per file)
 # make bench  time the methods against verl's functions and a copy of the data
 # make clean  remove the environments and everything built
 
@@ -16,7 +17,7 @@ DOCS_INSTALLED := $(VENV)/.installed-docs
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-vllm docs bench clean
+.PHONY: demo test test-vllm docs bench mutants clean
 
 demo: $(INSTALLED)
 	$(BIN)/verl-plugins demo
@@ -32,6 +33,10 @@ test-vllm: $(VLLM_INSTALLED)
 
 docs: $(DOCS_INSTALLED)
 	$(BIN)/mkdocs build --strict
+
+mutants: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -e '.[cpu,dev,mutants]'
+	$(BIN)/python tests/mutants/plant.py $(if $(SAMPLE),--sample $(SAMPLE))
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/estimator.py

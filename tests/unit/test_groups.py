@@ -214,3 +214,8 @@ class TestManyRows:
         assert groups.min(values).tolist() == [1, 1, 4, 4, 4, 4, 2, 2, 2, 0]
         assert groups.max(values).tolist() == [3, 3, 9, 9, 9, 9, 8, 8, 8, 0]
         assert groups.median(values).tolist() == [1, 1, 5, 5, 5, 5, 6, 6, 6, 0]
+
+    def test_groups_that_do_not_count_beside_one_that_does(self):
+        groups = Groups(list("aabcd"), torch.tensor([True, True, False, False, False]))
+        assert groups.max(torch.tensor([1.0, 2, 3, 4, 5])).tolist() == [2, 2, 0, 0, 0]
+        assert groups.median(torch.tensor([1.0, 2, 3, 4, 5])).tolist() == [1, 1, 0, 0, 0]
