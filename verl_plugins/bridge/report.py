@@ -106,7 +106,7 @@ class Reporter:
         values |= {"seconds": values["timing_s/step"], "seconds_since_start": time.time() - self._started}
         self._write({"step": step, **values})
         shown = {
-            "reward": values.get("critic/score/mean"),
+            "reward": values.get("health/reward"),
             "accuracy": values.get("health/accuracy"),
             "entropy": values.get("actor/entropy"),
             "mixed groups": values.get("health/mixed_groups"),

@@ -114,7 +114,7 @@ def details(
     found += [item for item in presets if item.name == name]
     found += [item for item in plugins if item.name == name or item.name in switched]
     if not found:
-        known = {item.name for item in (*recipes, *presets, *plugins)}
+        known = {item.name for item in (*recipes, *presets, *plugins) if not item.broken}
         raise CompositionError(f"there is no recipe, preset or plugin {name!r}{nearest(name, known)}")
     return found
 

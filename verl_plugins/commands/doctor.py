@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 from verl_plugins.composition import manifest, recipe
 from verl_plugins.composition.cache import CACHE_VARIABLE, cache_folder
 from verl_plugins.composition.identity import PACKAGE
+from verl_plugins.composition.origin import install, reinstall
 from verl_plugins.composition.scratch import leftovers
 from verl_plugins.errors import PluginError
 
@@ -98,9 +99,8 @@ def _imports() -> Iterator[Finding]:
             yield Finding(module, OK, version(package))
         except Exception as error:
             extra = "[cpu]" if module == "torch" else ""
-            mend = (
-                f"pip install 'verl-plugins{extra}'" if isinstance(error, ImportError) else f"pip install -U {package}"
-            )
+            missing = isinstance(error, ImportError)
+            mend = install(f"{PACKAGE}{extra}") if missing else f"pip install -U {package}"
             yield Finding(module, BROKEN, f"cannot be imported: {_cause(error)}", mend)
 
 
@@ -158,7 +158,7 @@ def _plugins() -> Iterator[Finding]:
     yield Finding("plugins", OK, f"{len(usable)} from {', '.join(owners) or 'nowhere'}")
     for plugin in plugins:
         if plugin.broken:
-            mend = f"pip install -U {plugin.distribution}, or pip uninstall {plugin.distribution}"
+            mend = reinstall(plugin.distribution)
             yield Finding(f"plugin {plugin.name}", BROKEN, f"of {plugin.owner}: {plugin.broken}", mend)
         elif names.count(plugin.name) > 1:
             yield Finding(f"plugin {plugin.name}", BROKEN, f"brought twice, by {plugin.owner} too", "uninstall one")
@@ -166,7 +166,7 @@ def _plugins() -> Iterator[Finding]:
     for folder in folders:
         if folder.broken:
             yield Finding(
-                "recipes", BROKEN, f"of {folder.distribution}: {folder.broken}", f"pip install -U {folder.distribution}"
+                "recipes", BROKEN, f"of {folder.distribution}: {folder.broken}", reinstall(folder.distribution)
             )
     recipes = recipe.recipes(folders)
     yield Finding("recipes", OK, f"{sum(not one.broken for one in recipes)} of {len(recipes)} readable")
@@ -195,7 +195,7 @@ def _presets() -> Iterator[Finding]:
         if gpus > 0:
             yield Finding(name, ABSENT, f"{gpus} GPUs are missing on this machine", "run it where they are")
         elif missing:
-            mend = f"pip install {' '.join(map(repr, missing))}"
+            mend = " && ".join(map(install, missing))
             yield Finding(name, ABSENT, f"{', '.join(needed)} not installed", mend)
         else:
             yield Finding(name, OK, preset.title)

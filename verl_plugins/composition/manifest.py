@@ -149,13 +149,20 @@ def find(name: str, installed: Iterable[EntryPoint]) -> Manifest:
             f"plugin {name!r} is kept out by {variable}={os.environ[variable]!r}: change or unset it"
         )
     if not found:
-        raise CompositionError(f"plugin {name!r} is not installed{nearest(name, {entry.name for entry in plugins})}")
+        raise CompositionError(f"plugin {name!r} is not installed{nearest(name, usable(plugins))}")
     if len(found) > 1:
         owners = " and ".join(manifest.owner for manifest in found)
         raise CompositionError(f"plugin {name!r} is brought by {owners}: uninstall one of them")
     if found[0].broken:
         raise CompositionError(f"plugin {name!r} of {found[0].owner} cannot be loaded: {found[0].broken}")
     return found[0]
+
+
+def usable(installed: Iterable[EntryPoint]) -> set[str]:
+    """Names of the plugins that can be used: neither broken nor brought twice."""
+    found = manifests(installed)
+    names = [plugin.name for plugin in found]
+    return {plugin.name for plugin in found if not plugin.broken and names.count(plugin.name) == 1}
 
 
 def describe(entry: EntryPoint) -> Manifest:

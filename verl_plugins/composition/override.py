@@ -117,7 +117,7 @@ def _no_such_plugin_key(key: str, selected: Mapping[str, Any], installed: Sequen
         return f"{setting!r} is not a setting of {name}{nearest(setting, selected[name])}"
     names = {entry.name for entry in installed if not manifest.is_recipes(entry)}
     if name not in names:
-        return f"plugin {name!r} is not installed{nearest(name, names)}"
+        return f"plugin {name!r} is not installed{nearest(name, manifest.usable(installed))}"
     offering = [recipe.name for recipe in recipes(manifest.folders(installed)) if name in recipe.plugins]
     others = f" or combine the recipe with +{min(offering, key=lambda other: other != name)}" if offering else ""
     return f"plugin {name!r} is not switched on; write '+plugins.{name}={{}}'{others}"

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import yaml
 
 from verl_plugins.composition.manifest import Folder
+from verl_plugins.composition.origin import install
 from verl_plugins.errors import CompositionError, nearest
 from verl_plugins.hookspecs import STAGES
 
@@ -115,7 +116,7 @@ def preset_chain(name: str, folders: Iterable[Folder]) -> list[Preset]:
         for package, wanted in preset.requires.items():
             if not _is_installed(package):
                 raise CompositionError(
-                    f"preset {preset.name!r} needs {package}, which is not installed: pip install '{wanted}'"
+                    f"preset {preset.name!r} needs {package}, which is not installed: {install(wanted)}"
                 )
     return chain
 
@@ -178,7 +179,9 @@ def _written(value: Any) -> str:
 def _one(kind: str, name: str, known: Sequence[Item]) -> Item:
     found = [item for item in known if item.name == name]
     if not found:
-        raise CompositionError(f"there is no {kind} {name!r}{nearest(name, {item.name for item in known})}")
+        raise CompositionError(
+            f"there is no {kind} {name!r}{nearest(name, {item.name for item in known if not item.broken})}"
+        )
     if len(found) > 1:
         owners = " and ".join(f"{item.distribution} ({item.file})" for item in found)
         raise CompositionError(f"{kind} {name!r} is brought by {owners}: uninstall one of them")

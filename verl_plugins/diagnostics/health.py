@@ -23,7 +23,7 @@ MOST_TRUNCATED, FEW_GROUPS = 0.9, 0.05
 
 
 def group_health(batch: Batch) -> dict[str, float]:
-    """Accuracy, shares of groups (mixed, all right, all wrong, of another size than was asked), length by verdict."""
+    """Reward, accuracy, shares of groups (mixed, all right, all wrong, another size than asked), length by verdict."""
     groups, correct = batch.groups, batch.correct
     one_per_group = groups.first(batch.is_last)
     right, wrong = groups.all(correct)[one_per_group], groups.all(~correct)[one_per_group]
@@ -34,6 +34,7 @@ def group_health(batch: Batch) -> dict[str, float]:
         if rows.any()
     }
     return lengths | {
+        "health/reward": float(batch.scores[batch.is_last].mean()),
         "health/accuracy": _share(correct[batch.is_last]),
         "health/mixed_groups": _share(~right & ~wrong),
         "health/all_right_groups": _share(right),

@@ -99,6 +99,15 @@ def test_a_run_that_starts_anew_counts_nothing_of_the_one_before(tmp_path) -> No
     assert len((tmp_path / "metrics.replaced.jsonl").read_text().splitlines()) == 2
 
 
+def test_the_line_of_a_step_shows_reward_and_accuracy_over_the_same_rows(tmp_path) -> None:
+    said = []
+    reporter = Reporter(lambda text, **_: said.append(text), tmp_path, 0.0)
+    reporter.begin(0)
+    metrics = {"critic/score/mean": 0.312, "health/reward": 0.292, "health/accuracy": 0.292}
+    reporter.step(1, 2, {"timing_s/step": 1.0, **metrics})
+    assert "reward 0.292  accuracy 0.292" in said[0]
+
+
 @pytest.mark.parametrize("fault", ["deleted", "moved", "another file", "full disk"])
 def test_a_line_that_cannot_be_written_stops_the_run(tmp_path, sentence, fault) -> None:
     folder = tmp_path / "run"

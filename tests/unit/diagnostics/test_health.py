@@ -47,6 +47,14 @@ class TestGroups:
         assert found["health/groups_off_size"] == 0
         assert found["health/generated_tokens"] == 16
 
+    def test_reward_and_accuracy_are_over_the_same_rows(self) -> None:
+        """Of plain 0/1 rewards they are equal, also where a session has several outputs."""
+        two_turns = make_batch([[0, 1, 1]], session=[0, 0, 1], turn=[0, 1, 0])
+        for batch in (make_batch([[1, 1], [0, 0], [0, 1]]), two_turns):
+            found = group_health(batch)
+            assert found["health/reward"] == found["health/accuracy"]
+        assert group_health(two_turns)["health/reward"] == 1
+
     def test_length_by_verdict(self) -> None:
         found = group_health(make_batch([[1, 1], [0, 1]], response_lengths=torch.tensor([1, 2, 3, 3])))
         assert (found["health/length_right"], found["health/length_wrong"]) == (2, 3)
