@@ -1,6 +1,7 @@
 # make demo   train a tiny model on this CPU and show what happened
 # make test   lint and the whole test suite
 # make test-vllm  the tests of the preset cpu-vllm, in an environment of their own
+# make test-faults  what happens to runs when processes die, disks fill up and environments are odd
 # make docs   build the documentation into site/
 # make mutants  plant small errors in the methods, one at a time: the tests must notice 92 % (hours; SAMPLE=8 tries so many per file)
 # make bench  time the methods against verl's functions and a copy of the data
@@ -17,7 +18,7 @@ DOCS_INSTALLED := $(VENV)/.installed-docs
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-vllm docs bench mutants clean
+.PHONY: demo test test-vllm test-faults docs bench mutants clean
 
 demo: $(INSTALLED)
 	$(BIN)/verl-plugins demo
@@ -30,6 +31,9 @@ test: $(INSTALLED) $(DOCS_INSTALLED)
 
 test-vllm: $(VLLM_INSTALLED)
 	$(VLLM_VENV)/bin/python -m pytest -m vllm
+
+test-faults: $(INSTALLED)
+	$(BIN)/python -m pytest tests/faults -m faults -n 0
 
 docs: $(DOCS_INSTALLED)
 	$(BIN)/mkdocs build --strict
