@@ -99,9 +99,9 @@ def _tell(terminal: Terminal, out: Path, sentence: str) -> None:
 
 def _give_up(terminal: Terminal, out: Path, signals: Signals, sentence: str) -> None:
     """End from another thread a driver that does not come back from what it waits for."""
+    _tell(terminal, out, sentence)
     with suppress(OSError, ValueError):
         faulthandler.dump_traceback()
-    _tell(terminal, out, sentence)
     end_now(1, signals.scratch)
 
 

@@ -42,8 +42,11 @@ KINDS = {
 NODE = {"gcs_server": "Ray's gcs_server", "raylet": "Ray's raylet"}
 REASON = common_pb2.ActorDiedErrorContext.Reason
 UNEXPECTED = {REASON.WORKER_DIED, REASON.NODE_DIED}
-LOOK_SECONDS, GRACE_SECONDS = 1.0, 15.0
-"""How often is looked, and how long the driver has to end in order once a process is dead."""
+LOOK_SECONDS, NODE_SECONDS, GRACE_SECONDS = 1.0, 0.05, 15.0
+"""How often is looked at actors and at the node, and how long the driver has to end in order once an actor is dead.
+
+Ray ends a driver in silence soon after its raylet died: then the sentence must be out.
+"""
 TAIL_BYTES, LONGEST_WORDS = 1 << 18, 200
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -77,8 +80,8 @@ class Watch:
 
     def __enter__(self) -> Watch:
         self._handler = signal.signal(signal.SIGUSR1, self._wake)
-        for look in (self._node_died, self._actor_died):
-            threading.Thread(target=self._look, args=(look,), name=f"watch {look.__name__}", daemon=True).start()
+        for look in (self._look_at_node, self._look_at_actors):
+            threading.Thread(target=look, name=f"watch {look.__name__}", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
@@ -93,19 +96,24 @@ class Watch:
         if not self._done.is_set():
             raise _Wake
 
-    def _look(self, died: Callable[[], tuple[str, int] | None]) -> None:
+    def _look_at_node(self) -> None:
+        while not self._done.wait(NODE_SECONDS) and not self._dead.is_set():
+            if (found := self._node_died()) and not self._done.is_set():
+                self._sentence = f"{found[0]} (pid {found[1]}) died{self._circumstances(found[1])}"
+                self._dead.set()
+                self._give_up(self._sentence)
+
+    def _look_at_actors(self) -> None:
         while not self._done.wait(LOOK_SECONDS) and not self._dead.is_set():
             found = None
             with contextlib.suppress(Exception):  # Ray is starting, ending, or itself what died
-                found = died()
-            if found and not self._done.is_set():
-                self._end(*found)
+                found = self._actor_died()
+            if found and not self._done.is_set() and not self._node_died():
+                self._sentence = f"the {found[0]} (pid {found[1]}) died{self._circumstances(found[1])}"
+                self._end()
 
-    def _end(self, who: str, pid: int) -> None:
+    def _end(self) -> None:
         """Wake the main thread; if the run has not ended after a while, end it from here."""
-        if self._dead.is_set():
-            return
-        self._sentence = f"the {who} (pid {pid}) died{self._circumstances(pid)}".replace("the Ray's", "Ray's")
         self._dead.set()
         time.sleep(2 * LOOK_SECONDS)  # what the main thread is told by Ray itself may be on its way
         if not self._done.is_set():
@@ -122,8 +130,6 @@ class Watch:
     def _actor_died(self) -> tuple[str, int] | None:
         for actor in ray_state.actor_table(None, None, "DEAD").values():
             if actor["JobID"] == self._job and _unexpected(actor["DeathCause"]):
-                if gone := self._node_died():  # then its death is a consequence
-                    return gone
                 return KINDS.get(actor["ActorClassName"], actor["ActorClassName"]), actor["Pid"]
         return None
 
@@ -151,7 +157,7 @@ def _runs(pid: int) -> bool:
 
 def of_node(head: int, preload: int) -> dict[int, str]:
     """The processes of a local Ray node that a run cannot do without, and the server that forks its workers."""
-    found = {preload: "server that starts workers"}
+    found = {preload: "the server that starts workers"}
     for child in psutil.Process(head).children():
         kind = next((name for start, name in NODE.items() if child.name().startswith(start)), None)
         found |= {child.pid: kind} if kind else {}

@@ -87,6 +87,11 @@ def _check_trainer(config: DictConfig) -> None:
             "trainer.max_actor_ckpt_to_keep=1 lets verl delete the old checkpoint before it marks the new one, and a "
             "kill in between leaves none: set trainer.max_actor_ckpt_to_keep=2 or more"
         )
+    if file := OmegaConf.select(config, "ray_kwargs.timeline_json_file"):
+        raise CompositionError(
+            f"ray_kwargs.timeline_json_file={file}: it needs Ray's dashboard, which a run does not start: "
+            "leave it at null"
+        )
     manager = OmegaConf.select(config, "actor_rollout_ref.rollout.agent.agent_loop_manager_class")
     if manager is not None:
         raise CompositionError(

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from verl_plugins.errors import DataError
 
+LONGEST_LINE, LONGEST_LIST = 16 << 20, 1 << 30
+"""Bytes of one row, and of a list that is read as a whole: small gzipped files can hold far more."""
 CHUNK = 10_000
 FORMATS = ".jsonl, .json, .parquet, .jsonl.gz or .json.gz"
 
@@ -46,7 +48,9 @@ def read(path: Path) -> Iterator[Chunk]:
 def _json_lines(path: Path) -> Iterator[Chunk]:
     size, numbers, rows = max(1, path.stat().st_size), [], []
     with path.open("rb") as file, gzip.open(file) if path.suffix == ".gz" else file as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE + 1), b""), 1):
+            if len(line) > LONGEST_LINE:
+                raise DataError(f"{path}, line {number} has more than {LONGEST_LINE >> 20} MiB: leave it out")
             if line.isspace():
                 continue
             numbers.append(number)
@@ -71,7 +75,10 @@ def _object(line: bytes, path: Path, number: int) -> dict[str, Any]:
 def _json_list(path: Path) -> Iterator[Chunk]:
     with path.open("rb") as file, gzip.open(file) if path.suffix == ".gz" else file as content:
         try:
-            rows = json.load(content)
+            text = content.read(LONGEST_LIST + 1)
+            if len(text) > LONGEST_LIST:
+                raise DataError(f"{path} has more than {LONGEST_LIST >> 30} GiB: write it as .jsonl, an object a line")
+            rows = json.loads(text)
         except (ValueError, RecursionError) as error:
             hint = "a file with one object a line must be named .jsonl"
             raise DataError(f"{path} is not a JSON list ({_short(error)}); {hint}") from error

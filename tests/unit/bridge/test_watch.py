@@ -74,14 +74,26 @@ def never(text: str) -> None:
     raise AssertionError(text)
 
 
+MINE = {"JobID": "01", "ActorClassName": "Mine", "Pid": 77, "DeathCause": cause(REASON.WORKER_DIED)}
+
+
 @pytest.mark.parametrize("how", ["lock", "sleep", "event", "pipe"])
-def test_a_dead_process_wakes_a_driver_that_waits(actors, process, tmp_path, sentence, how) -> None:
-    threading.Timer(0.2, process.kill).start()
+def test_a_dead_process_wakes_a_driver_that_waits(actors, tmp_path, sentence, how) -> None:
+    threading.Timer(0.2, actors.update, kwargs={"a": MINE}).start()
     started = time.monotonic()
-    with pytest.raises(ProcessDied) as error, watched({process.pid: "Ray's raylet"}, tmp_path):
+    with pytest.raises(ProcessDied) as error, watched({}, tmp_path):
         blocked(how)
     assert time.monotonic() - started < 10
-    sentence(error.value, f"Ray's raylet (pid {process.pid}) died")
+    sentence(error.value, "the Mine (pid 77) died")
+
+
+def test_a_dead_process_of_the_node_ends_the_driver_at_once(actors, process, tmp_path, sentence) -> None:
+    said: list[str] = []
+    process.kill()
+    with watched({process.pid: "Ray's raylet"}, tmp_path, said.append):
+        time.sleep(0.5)
+    assert len(said) == 1
+    sentence(said[0], f"Ray's raylet (pid {process.pid}) died")
 
 
 @pytest.mark.parametrize("name", watch.KINDS)
@@ -124,15 +136,15 @@ def test_a_stopped_process_is_not_dead(actors, process, tmp_path) -> None:
         time.sleep(0.5)
 
 
-def test_a_driver_that_does_not_wake_is_ended(actors, process, tmp_path) -> None:
+def test_a_driver_that_does_not_wake_is_ended(actors, tmp_path) -> None:
     said: list[str] = []
-    process.kill()
-    with pytest.raises(ProcessDied), watched({process.pid: "Ray's raylet"}, tmp_path, said.append):
+    actors["a"] = MINE
+    with pytest.raises(ProcessDied), watched({}, tmp_path, said.append):
         try:
             time.sleep(60)
         finally:
             time.sleep(1)  # an end in order that takes too long
-    assert len(said) == 1 and "raylet" in said[0]
+    assert len(said) == 1 and "Mine" in said[0]
 
 
 @pytest.mark.parametrize("text", ["", "(A pid=7)\n", "(A pid=77) \n(A pid=7 other\n", "\x00\xff"])

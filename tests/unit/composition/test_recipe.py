@@ -321,6 +321,7 @@ class TestCheck:
         [
             ("trainer.v1.trainer_mode=separate_async", ["trainer.v1.trainer_mode", "nccl", "=sync or colocate_async"]),
             ("trainer.v1.trainer_mode=synk", ["trainer.v1.trainer_mode", "'synk'", "did you mean 'sync'?"]),
+            ("ray_kwargs.timeline_json_file=t.json", ["ray_kwargs.timeline_json_file=t.json", "null"]),
             ("trainer.use_v1=False", ["trainer.use_v1", "True"]),
             (
                 "+actor_rollout_ref.rollout.agent.agent_loop_manager_class=a.B",

@@ -548,3 +548,13 @@ class TestTooFewRows:
         with pytest.raises(DataError) as caught:
             Trainer()._init_dataloader()
         sentence(caught.value, "data.train_files gives 0 rows", "data.max_prompt_length (32)")
+
+
+@pytest.mark.parametrize("name", ["bomb.jsonl", "bomb.jsonl.gz", "deep.jsonl", "deep.json"])
+def test_files_that_would_take_all_memory_are_refused(tmp_path: Path, sentence, name: str) -> None:
+    path = tmp_path / name
+    content = b"[" * 200_000 if name.startswith("deep") else b"0" * (40 << 20)
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(DataError) as error:
+        list(rows_module.read(path))
+    sentence(error.value, name)
