@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.register_assert_rewrite("training", "resuming")
+pytest.register_assert_rewrite("training", "resuming", "running")
 
 HERE = Path(__file__).parent
 METADATA = "Metadata-Version: 2.1\nName: every-stage\nVersion: 1.0\n"

@@ -2,100 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))  # how a training is started: tests/e2e/training.py
-from training import SHORT, command, read_metrics  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))  # how a training is started and looked at
+from running import Running  # noqa: E402
 
 HERE = Path(__file__).parent
-START_SECONDS, TOLD_SECONDS = 600, 60
-MANY = ("trainer.total_training_steps=1000", "trainer.save_freq=1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.faults)
-
-
-class Running:
-    """A run that is going on, with a checkpoint every step."""
-
-    def __init__(self, out: Path, *overrides: str, **options: object) -> None:
-        self.out, self.terminal = out, out.with_suffix(".terminal")
-        with self.terminal.open("ab") as file:
-            self.process = subprocess.Popen(
-                command("vade", out, *SHORT, *MANY, *overrides),
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)],
-                **options,
-            )
-        self.family: list[psutil.Process] = []
-
-    @property
-    def output(self) -> str:
-        return self.terminal.read_text(errors="replace")
-
-    @property
-    def steps(self) -> list[int]:
-        path = self.out / "metrics.jsonl"
-        return [record["step"] for record in read_metrics(path)[0]] if path.exists() else []
-
-    def until(self, step: int) -> Running:
-        """Wait for a step to be saved; then all processes of the run are known."""
-        marker, deadline = self.out / "latest_checkpointed_iteration.txt", time.monotonic() + START_SECONDS
-        while not (marker.exists() and int(marker.read_text()) >= step):
-            assert self.process.poll() is None, self.output
-            assert time.monotonic() < deadline, self.output
-            time.sleep(0.1)
-        self.family = psutil.Process(self.process.pid).children(recursive=True)
-        return self
-
-    def find(self, name: str) -> psutil.Process:
-        """The run's process of this name (Ray's workers are named after their class)."""
-        found = [process for process in self.family if name in f"{_name(process)} {_words(process)}"]
-        assert found, [f"{_name(process)} {_words(process)}" for process in self.family]
-        return found[0]
-
-    def ended(self, within: float = TOLD_SECONDS) -> int:
-        """The exit code; nothing of the run is left."""
-        code = self.process.wait(timeout=within)
-        _, alive = psutil.wait_procs(self.family, timeout=20)
-        assert [_name(process) for process in alive] == []
-        return code
-
-    def end(self) -> None:
-        if self.process.poll() is None:
-            self.family = psutil.Process(self.process.pid).children(recursive=True)
-            self.process.kill()
-            self.process.wait()
-        for process in self.family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-
-
-def _name(process: psutil.Process) -> str:
-    try:
-        return process.name()
-    except psutil.NoSuchProcess:
-        return ""
-
-
-def _words(process: psutil.Process) -> str:
-    try:
-        return " ".join(Path(word).name for word in process.cmdline()[:4])
-    except psutil.NoSuchProcess:
-        return ""
 
 
 @pytest.fixture
