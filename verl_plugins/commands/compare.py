@@ -1,7 +1,6 @@
 """`verl-plugins compare`: curves of several runs in one picture and one page, with mean and spread over seeds.
 
-Runs whose configurations differ only in seeds and folders are one curve. Curves are named after their plugins, and
-where that is not enough after the settings in which they differ. Drawn over the tokens generated so far, methods are
+Drawn over the tokens generated so far, methods are
 compared at equal cost of their rollouts.
 """
 
@@ -9,15 +8,13 @@ from __future__ import annotations
 
 import html
 import io
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
-import yaml
 
+from verl_plugins.commands.curves import LAST, Run, curves, ends, read_run, statistics, verdict
 from verl_plugins.errors import RunError, nearest
 
 PANELS = {
@@ -29,138 +26,15 @@ PANELS = {
     "mixed groups": "health/mixed_groups",
 }
 """Title -> metric."""
-INFRASTRUCTURE = ("math_verify",)
-"""Plugins that score and are no method: they do not name a curve."""
 AXES = {"steps": "step", "tokens": "tokens generated so far"}
 """What curves can be drawn over, and the label."""
-TOKENS = "rollout/tokens"
-LAST = 5
-"""Steps whose mean the page's table shows."""
+LEGEND_WIDTH = 120
+"""Characters of a line of the legend."""
+DASHES = ("-", "--", ":", "-.")
+"""Of ten curves each."""
 STYLE = "body{font-family:sans-serif;margin:2em;max-width:75em}table{border-collapse:collapse}"
 STYLE += "td,th{border-bottom:1px solid #ccc;padding:.3em .8em;text-align:right}td:first-child,th:first-child"
 STYLE += "{text-align:left}svg{max-width:100%;height:auto}"
-
-
-@dataclass(frozen=True)
-class Run:
-    """One finished or running training."""
-
-    folder: Path
-    label: str | None
-    """What the user calls it."""
-    settings: Mapping[str, Any]
-    """Flat configuration without seeds and folders."""
-    steps: pd.DataFrame
-    """One row per step, metrics as columns, `validation` the held-out accuracy where there was one."""
-
-
-def read_run(argument: str) -> Run:
-    """A run folder, or `LABEL=FOLDER`.
-
-    Raises:
-        RunError: the folder has no metrics or no configuration, or not one step.
-    """
-    label, separator, name = argument.partition("=")
-    if not separator or Path(argument).is_dir():
-        label, name = "", argument
-    folder = Path(name)
-    for file in ("metrics.jsonl", "config.yaml"):
-        if not (folder / file).is_file():
-            raise RunError(f"{folder} has no {file}; give folders of runs, as `verl-plugins run … --out FOLDER` makes")
-    steps = _steps(folder / "metrics.jsonl")
-    if steps.empty:
-        raise RunError(f"{folder / 'metrics.jsonl'} has no step yet; leave this run out or wait for its first step")
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    return Run(folder, label or None, _settings(config, folder), steps)
-
-
-def _steps(file: Path) -> pd.DataFrame:
-    table: dict[int, dict[str, float]] = {}
-    whole, _, _ = file.read_text().rpartition("\n")  # a running training may be writing its next line
-    for line in whole.splitlines():
-        record = json.loads(line)
-        row = table.setdefault(record["step"], {})
-        if "validation" in record:
-            accuracy = [value for key, value in record["validation"].items() if "/acc/mean@" in key]
-            row |= {"validation": sum(accuracy) / len(accuracy)} if accuracy else {}
-        else:
-            row |= record
-    return pd.DataFrame.from_dict(table, orient="index").sort_index()
-
-
-def _settings(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    flat = pd.json_normalize(config, sep=".").iloc[0].to_dict()
-    own = (str(folder), str(folder.absolute()))
-    return {
-        key: json.dumps(value, default=str)
-        for key, value in flat.items()
-        if not key.endswith("seed") and not any(path in str(value) for path in own) and not key.endswith("_dir")
-    }
-
-
-def curves(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Name of each curve -> its runs, in the order given."""
-    grouped: dict[Any, list[Run]] = {}
-    for run in runs:
-        grouped.setdefault(run.label or tuple(sorted(run.settings.items())), []).append(run)
-    firsts = [same[0] for same in grouped.values()]
-    names = [run.label or _methods(run) for run in firsts]
-    found = {}
-    for name, run, same in zip(names, firsts, grouped.values(), strict=True):
-        namesakes = [other for other, twin in zip(firsts, names, strict=True) if twin == name]
-        if len(namesakes) > 1 and run.label is None:
-            name = ", ".join([name, *_differences(run, namesakes)])
-        found[name] = same
-    return found
-
-
-def _methods(run: Run) -> str:
-    plugins = dict.fromkeys(key.split(".")[1] for key in run.settings if key.startswith("plugins."))
-    return "+".join(name for name in plugins if name not in INFRASTRUCTURE)
-
-
-def _differences(run: Run, others: Sequence[Run]) -> list[str]:
-    keys = dict.fromkeys(key for other in others for key in other.settings)
-    differing = [key for key in keys if len({other.settings.get(key) for other in others}) > 1]
-    return [f"{key.rsplit('.', 1)[-1]}={run.settings.get(key, 'unset').strip(chr(34))}" for key in differing]
-
-
-def tokens_so_far(run: Run) -> pd.Series:
-    """Tokens the policy has generated for training up to each step; 0 before the first.
-
-    Raises:
-        RunError: the run has steps in which they were not counted.
-    """
-    steps = run.steps.reindex(columns=["step", TOKENS])
-    if steps.loc[steps["step"].notna(), TOKENS].isna().any():
-        raise RunError(
-            f"--by tokens adds up {TOKENS}, which {run.folder} does not have in every step; leave it out or train it "
-            "again with this version"
-        )
-    return steps[TOKENS].where(steps.index > 0, 0.0).cumsum()
-
-
-def _values(run: Run, metric: str, by: str) -> pd.Series:
-    """The metric where the run has it, over steps or tokens."""
-    values = run.steps[metric].dropna()
-    if by == "steps":
-        return values
-    values = values.set_axis(tokens_so_far(run)[values.index])
-    return values[values.index.notna()]  # a running training may have validated a step that is not written yet
-
-
-def statistics(runs: Sequence[Run], metric: str, by: str = "steps") -> pd.DataFrame:
-    """Mean and standard deviation over the runs at each step where any has the metric: columns `mean`, `std`.
-
-    By `tokens`, at each number of tokens where any has it; a run is interpolated between its own places.
-    """
-    columns = [_values(run, metric, by) for run in runs if metric in run.steps]
-    if not columns:
-        return pd.DataFrame(columns=["mean", "std"], dtype=float)
-    table = pd.concat(columns, axis=1).sort_index()
-    if by == "tokens":
-        table = table.interpolate(method="index", limit_area="inside")
-    return pd.DataFrame({"mean": table.mean(axis=1), "std": table.std(axis=1).fillna(0.0)})
 
 
 def compare(arguments: Sequence[str], out: Path, metrics: Sequence[str] = (), by: str = "steps") -> list[Path]:
@@ -182,7 +56,7 @@ def compare(arguments: Sequence[str], out: Path, metrics: Sequence[str] = (), by
     drawn = {title: {name: statistics(named[name], panels[title], by) for name in named} for title in data}
     out.mkdir(parents=True, exist_ok=True)
     picture, page = out / "curves.png", out / "index.html"
-    page.write_text(_page(named, data, _draw(drawn, AXES[by], picture)))
+    page.write_text(_page(named, {title: panels[title] for title in data}, _draw(drawn, AXES[by], picture)))
     return [picture, page]
 
 
@@ -195,16 +69,21 @@ def _draw(data: Mapping[str, Mapping[str, pd.DataFrame]], label: str, picture: P
 
     columns = 2 if len(data) > 1 else 1
     rows = -(-len(data) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(11, 3.2 * rows + 0.6), squeeze=False, layout="constrained")
+    names = [_legend(name) for name in next(iter(data.values()))]
+    height = 3.2 * rows + 0.4 + 0.22 * sum(name.count("\n") + 1 for name in names)
+    figure, axes = plt.subplots(rows, columns, figsize=(11, height), squeeze=False, layout="constrained")
     for axis, (title, lines) in zip(axes.flat, data.items(), strict=False):
-        for number, (name, line) in enumerate(lines.items()):
-            few = "o-" if len(line) < 4 else "-"
-            axis.plot(line.index, line["mean"], few, color=f"C{number}", label=name)
-            axis.fill_between(line.index, line["mean"] - line["std"], line["mean"] + line["std"], alpha=0.2, lw=0)
-        axis.set_title(title)
+        for number, line in enumerate(lines.values()):
+            style = DASHES[number // 10 % len(DASHES)] + ("o" if len(line) < 4 else "")
+            axis.plot(line.index, line["mean"], style, color=f"C{number % 10}")
+            low, high = line["mean"] - line["std"], line["mean"] + line["std"]
+            axis.fill_between(line.index, low, high, alpha=0.2, lw=0, color=f"C{number % 10}")
+        axis.set_title(title, parse_math=False)
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    legend = figure.legend(figure.axes[0].lines, names, loc="outside lower center", ncols=1, fontsize=9)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     for axis in figure.axes[len(data) :]:
         axis.set_axis_off()
     text = io.StringIO()
@@ -214,16 +93,21 @@ def _draw(data: Mapping[str, Mapping[str, pd.DataFrame]], label: str, picture: P
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
-def _page(named: Mapping[str, Sequence[Run]], data: Mapping[str, Mapping[str, pd.DataFrame]], svg: str) -> str:
-    """Picture, table of the last steps, and which folders a curve is made of; nothing is loaded from anywhere."""
-    cell = lambda line: f"{line['mean'].tail(LAST).mean():.3f} ± {line['std'].tail(LAST).mean():.3f}"  # noqa: E731
+def _legend(name: str) -> str:
+    """A curve's name on lines that fit; a leading underscore would hide it."""
+    lines = textwrap.fill(name, LEGEND_WIDTH, break_on_hyphens=False)
+    return f" {lines}" if lines.startswith("_") else lines
+
+
+def _page(named: Mapping[str, Sequence[Run]], metrics: Mapping[str, str], svg: str) -> str:
+    """Picture, table of the last steps, what differences mean, folders; nothing is loaded from anywhere."""
     rows = [
-        f"<tr><td>{html.escape(name)}</td><td>{len(runs)}</td>"
-        + "".join(f"<td>{cell(lines[name]) if len(lines[name]) else '–'}</td>" for lines in data.values())
+        f"<tr><td>{html.escape(name)}</td><td>{len(runs)}</td><td>{', '.join(_last_steps(runs))}</td>"
+        + "".join(f"<td>{_cell(ends(runs, metric).values())}</td>" for metric in metrics.values())
         + "</tr>"
         for name, runs in named.items()
     ]
-    heads = "".join(f"<th>{html.escape(title)}</th>" for title in ("", "runs", *data))
+    heads = "".join(f"<th>{html.escape(title)}</th>" for title in ("", "runs", "steps", *metrics))
     folders = [
         f"<li>{html.escape(name)}: {', '.join(html.escape(str(run.folder)) for run in runs)}</li>"
         for name, runs in named.items()
@@ -232,10 +116,35 @@ def _page(named: Mapping[str, Sequence[Run]], data: Mapping[str, Mapping[str, pd
         [
             f"<!doctype html><html lang='en'><meta charset='utf-8'><title>runs</title><style>{STYLE}</style>",
             f"<h1>{html.escape(' / '.join(named))}</h1>",
-            "<p>Lines are means over the runs of a curve, bands one standard deviation to either side.</p>",
+            "<p>Lines are means over the runs of a curve; a band is one standard deviation to either side, where there "
+            "are two runs or more.</p>",
             svg,
-            f"<h2>Mean of the last {LAST} steps that have it</h2>",
+            f"<h2>At the end: mean of each run's last {LAST} steps</h2>",
+            "<p>A metric that was not measured in them has its last value, held-out accuracy always. ± is the standard "
+            "deviation over seeds; one seed has none.</p>",
             f"<table><tr>{heads}</tr>{''.join(rows)}</table>",
+            *_differences(named, metrics),
             f"<h2>Folders</h2><ul>{''.join(folders)}</ul></html>",
         ]
     )
+
+
+def _last_steps(runs: Sequence[Run]) -> list[str]:
+    return [str(step) for step in sorted({run.last_step for run in runs})]
+
+
+def _cell(values: Collection[float]) -> str:
+    if not values:
+        return "–"
+    found = pd.Series(list(values))
+    return f"{found.mean():.3f}" + (f" ± {found.std():.3f}" if len(found) > 1 else "")
+
+
+def _differences(named: Mapping[str, Sequence[Run]], metrics: Mapping[str, str]) -> list[str]:
+    """Against the first curve, in the first panel's metric."""
+    if len(named) < 2 or not metrics:
+        return []
+    title, metric = next(iter(metrics.items()))
+    (base, first), *others = named.items()
+    lines = [f"<li>{html.escape(name)}: {html.escape(verdict(first, runs, metric))}</li>" for name, runs in others]
+    return [f"<h2>{html.escape(title)}: difference from {html.escape(base)}</h2>", f"<ul>{''.join(lines)}</ul>"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import yaml
 from typer.testing import CliRunner
 
 from verl_plugins.commands.cli import app
-from verl_plugins.commands.compare import LAST, compare, curves, read_run, statistics, tokens_so_far
+from verl_plugins.commands.compare import compare
+from verl_plugins.commands.curves import LAST, curves, read_run, statistics, tokens_so_far, verdict
 from verl_plugins.errors import RunError
 
 STEPS = 8
@@ -29,6 +31,7 @@ def make(tmp_path: Path) -> Any:
         lr: float = 1e-4,
         steps: int = STEPS,
         tokens: float | None = None,
+        more: dict[str, Any] | None = None,
         **plugins: Any,
     ) -> str:
         folder = tmp_path / name
@@ -39,6 +42,12 @@ def make(tmp_path: Path) -> Any:
             "actor": {"optim": {"lr": lr}},
             "trainer": {"default_local_dir": str(folder), "rollout_data_dir": str(folder / "rollouts")},
         }
+        for key, value in (more or {}).items():
+            *above, last = key.split(".")
+            section = config
+            for part in above:
+                section = section.setdefault(part, {})
+            section[last] = value
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         lines: list[dict[str, Any]] = [
             {"step": step, "timing_s/step": 1.0, "health/accuracy": start + step / 100, "health/entropy_mean": 0.5}
@@ -70,6 +79,121 @@ def test_what_differs_names_curves_of_the_same_plugins(make) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "trainer.logger",
+        "trainer.test_freq",
+        "trainer.save_freq",
+        "trainer.val_before_train",
+        "trainer.experiment_name",
+        "trainer.max_actor_ckpt_to_keep",
+        "trainer.total_training_steps",
+        "actor_rollout_ref.actor.checkpoint.save_contents",
+        "actor_rollout_ref.rollout.agent.num_workers",
+        "actor_rollout_ref.rollout.gpu_memory_utilization",
+        "data.dataloader_num_workers",
+        "plugins.math_verify.workers",
+        "ray_kwargs.ray_init.num_cpus",
+        "transfer_queue.backend.SimpleStorage.num_data_storage_units",
+        "global_profiler.steps",
+    ],
+)
+def test_what_no_method_can_change_neither_splits_nor_names_curves(make, key: str) -> None:
+    runs = [read_run(make("a", more={key: "one"})), read_run(make("b", seed=2, more={key: ["two", 3]}))]
+    assert {name: len(same) for name, same in curves(runs).items()} == {"grpo": 2}
+    (name, _) = curves([*runs, read_run(make("c", lr=9.0, more={key: 3}))])
+    assert name == "grpo, lr=0.0001"
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("algorithm.gamma", "gamma"),
+        ("data.train_batch_size", "train_batch_size"),
+        ("trainer.v1.trainer_mode", "trainer_mode"),
+        ("actor_rollout_ref.rollout.n", "n"),
+        ("actor_rollout_ref.model.path", "path"),
+    ],
+)
+def test_what_a_method_can_change_names_curves(make, key: str, said: str) -> None:
+    runs = [read_run(make("a", more={key: 1})), read_run(make("b", more={key: 2}))]
+    assert list(curves(runs)) == [f"grpo, {said}=1", f"grpo, {said}=2"]
+
+
+def test_settings_of_one_last_name_are_told_apart(make) -> None:
+    runs = [read_run(make("a", more={"critic.optim.lr": 1})), read_run(make("b", lr=3.0, more={"critic.optim.lr": 2}))]
+    assert list(curves(runs)) == [
+        "grpo, actor.optim.lr=0.0001, critic.optim.lr=1",
+        "grpo, actor.optim.lr=3.0, critic.optim.lr=2",
+    ]
+
+
+def test_a_folder_named_twice_is_one_run_and_equal_names_stay_apart(make) -> None:
+    folder, other = make("a"), make("b", lr=1.0)
+    assert {name: len(same) for name, same in curves([read_run(folder), read_run(folder)]).items()} == {"grpo": 1}
+    assert list(curves([read_run(f"grpo={other}"), read_run(folder)])) == ["grpo", "grpo (a)"]
+
+
+def test_the_end_of_a_run_has_nothing_of_its_start(make) -> None:
+    run = read_run(make("a", start=0.2))
+    assert run.end("validation") == pytest.approx(0.7)
+    assert run.end("health/accuracy") == pytest.approx(0.2 + sum(range(STEPS - LAST + 1, STEPS + 1)) / LAST / 100)
+    file = Path(make("b")) / "metrics.jsonl"
+    file.write_text("".join(line + "\n" for line in file.read_text().splitlines()[:-1]))
+    assert math.isnan(read_run(str(file.parent)).end("validation")), "only the start was validated"
+    assert math.isnan(run.end("no/such"))
+
+
+class TestVerdict:
+    """On the held-out accuracy, start + 0.5."""
+
+    @staticmethod
+    def runs(make, name: str, starts: dict[int, float], **more: Any) -> list[Any]:
+        return [read_run(make(f"{name}{seed}", start=start, seed=seed, **more)) for seed, start in starts.items()]
+
+    def test_equal_seeds_are_paired(self, make) -> None:
+        first = self.runs(make, "a", {1: 0.1, 2: 0.3, 3: 0.2})
+        said = verdict(first, self.runs(make, "b", {1: 0.15, 2: 0.352, 3: 0.248}), "validation")
+        assert said.startswith("+0.050, 95 % interval +0.045 to +0.055 (3 pairs of equal seeds): more than seeds")
+        said = verdict(first, self.runs(make, "c", {1: 0.3, 2: 0.2, 3: 0.2}), "validation")
+        assert "3 pairs of equal seeds" in said and said.endswith("within what seeds do")
+
+    def test_other_seeds_are_not(self, make) -> None:
+        said = verdict(
+            self.runs(make, "a", {1: 0.1, 2: 0.3}), self.runs(make, "b", {3: 0.2, 4: 0.25, 5: 0.2}), "validation"
+        )
+        assert "2 and 3 seeds, not paired" in said and said.endswith("within what seeds do")
+
+    @pytest.mark.parametrize("seeds", [{1: 0.1}, {1: 0.1, 2: 0.2}])
+    def test_one_run_cannot_tell(self, make, seeds: dict[int, float]) -> None:
+        said = verdict(self.runs(make, "a", seeds), self.runs(make, "b", {1: 0.3}), "validation")
+        assert "one seed cannot tell" in said and "interval" not in said
+
+    def test_the_same_seed_again_is_no_second_seed(self, make) -> None:
+        again = [*self.runs(make, "a", {1: 0.1}), *self.runs(make, "b", {1: 0.3})]
+        assert "one seed cannot tell" in verdict(again, self.runs(make, "c", {1: 0.3}), "validation")
+
+    def test_runs_of_other_lengths_are_not_compared(self, make) -> None:
+        said = verdict(self.runs(make, "a", {1: 0.1}), self.runs(make, "b", {1: 0.3}, steps=4), "validation")
+        assert said == "not comparable: the runs end after different steps (4, 8)"
+
+    def test_it_stands_on_the_page(self, make, tmp_path: Path) -> None:
+        _, page = compare([make("a"), make("c", steer={"map": 1})], tmp_path / "out")
+        assert "difference from grpo" in page.read_text() and "one seed cannot tell" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    "name", ["<b>x</b>", "$\\frac{1$", "_hidden", "a\x1b[31mb", "&amp;", "x" * 300, "a\x00b", "中", ""]
+)
+def test_any_name_can_be_drawn_and_written(make, tmp_path: Path, name: str) -> None:
+    folders = [f"{name}={make('a')}", make("b", steer={"map": name}), make("c", steer={"map": 1})]
+    picture, page = compare(folders, tmp_path / "out")
+    text = page.read_text()
+    assert picture.stat().st_size > 10_000
+    assert "<b>x" not in text and not any(ord(sign) < 32 and sign != "\n" for sign in text)
+
+
 def test_labels_join_runs_of_any_configuration(make) -> None:
     runs = [read_run("ours=" + make("a")), read_run("ours=" + make("b", lr=1.0)), read_run(make("c"))]
     assert {name: len(same) for name, same in curves(runs).items()} == {"ours": 2, "grpo": 1}
@@ -79,7 +203,7 @@ def test_mean_and_spread_at_each_step(make) -> None:
     runs = [read_run(make("a", start=0.2)), read_run(make("b", start=0.4, seed=2, steps=STEPS // 2))]
     line = statistics(runs, "health/accuracy")
     assert line["mean"].tolist() == pytest.approx([0.3 + s / 100 for s in range(1, 5)] + [0.25, 0.26, 0.27, 0.28])
-    assert line["std"].tolist() == pytest.approx([0.02**0.5] * 4 + [0] * 4)
+    assert line["std"].tolist() == pytest.approx([0.02**0.5] * 4 + [math.nan] * 4, nan_ok=True)
     assert statistics(runs, "validation").loc[0, "mean"] == pytest.approx(0.3)
 
 
@@ -119,7 +243,7 @@ def test_by_tokens_the_table_is_still_that_of_the_last_steps(make, tmp_path: Pat
     text = (tmp_path / "out/index.html").read_text()
     assert "tokens generated so far" in text
     mean = 0.2 + sum(range(STEPS - LAST + 1, STEPS + 1)) / LAST / 100
-    assert f"<td>{mean:.3f} ± 0.000</td>" in text
+    assert f"<td>{mean:.3f}</td>" in text
 
 
 def test_a_step_that_was_run_again_counts_once(make) -> None:
