@@ -23,7 +23,7 @@ from typing import Any
 from cachetools import LRUCache, cached
 
 from verl_plugins.reward import verifier, words
-from verl_plugins.reward.final_answer import LAST, after_hashes, final_answer, last_boxes
+from verl_plugins.reward.final_answer import LAST, final_answer, marked_answer
 from verl_plugins.reward.normal_form import normal_form
 from verl_plugins.reward.pool import DeadlinePassed, Pool, WorkerDied
 
@@ -144,11 +144,9 @@ def ground_truth(truth: Any) -> str | None:
     if truth is None or (isinstance(truth, float) and math.isnan(truth)):
         return None
     text = str(truth).strip()
-    boxes = last_boxes(text)
-    if boxes is not None:
-        text = ", ".join(boxes)
-    elif (after := after_hashes(text)) is not None:
-        text = after
+    marked, answer = marked_answer(text)
+    if marked:
+        text = answer or ""
     form = normal_form(text)
     known = {text.casefold(), form.casefold(), words.meaning(form)}
     return None if not form or known & words.SENTINELS else form

@@ -37,17 +37,19 @@ _IS = (
     r"|should be|must be|will be|becomes|comes to|comes out (?:to be|as)|lautet|ist|est|es|è|é)\b:?"
     r"|是|为|為|は|—|–(?=\s))"
 )
-_SAYS = re.compile(rf"(?:(?<![^\W\d_])(?:{_WORD})|{_SIGN}){_IS}", re.IGNORECASE)
+_SAYS = re.compile(rf"(?:(?<![^\W\d_])(?:{_WORD})|{_SIGN}){_IS}|\bI (?:choose|pick|select|go with)\b:?", re.IGNORECASE)
 _HEADING = re.compile(r"(?m)^(?:#{1,6}\s*)?(?:(?:final|the)\s+)*(?:answer|result)\s*:?[ \t]*$", re.IGNORECASE)
 _FILLER = re.compile(
-    r"(?:\s|[:=]|(?:therefore|thus|then|hence|so|just|simply|now|clearly|indeed|equal to|exactly|given by|also|donc"
+    r"(?:\s|[:=]|(?:therefore|thus|then|hence|so|just|simply|now|clearly|indeed|equal to|exactly"
+    r"|approximately|about|roughly|around|given by|also|donc"
     r"|somit|daher|as follows|choice|option|the (?:option|choice|letter|number|value)|either)\b|[,：])*",
     re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"[.!?](?=[\s\"')\]*_`]|$)|[。！？\n]|\s\((?=[A-Za-z]{2})|\s[—–]\s")
 _CLAUSE = re.compile(
-    r"(?:,|\s)\s*(?:since|because|which|as (?:we|the|it)|where|so that|so|as required|as desired|as claimed|i hope"
-    r"|when|if|making|meaning|after|by|from|for a total|in total|altogether)\b.*",
+    r",\s*as\b.*|(?:,|\s)\s*(?:since|because|which|as (?:we|the|it)|where|so that|so|as required|as desired|as claimed"
+    r"|i hope|when|if|making|meaning|after|by|from|for a total|in total|altogether|rather than"
+    r"|instead of|not|of (?:the|a|an|all|his|her|their|its))\b.*",
     re.IGNORECASE | re.DOTALL,
 )
 _BOLD = re.compile(r"\*\*\s*([^*\n]{1,200}?)\s*\*\*|__([^_\n]{1,200}?)__|<b>([^<\n]{1,200})</b>")
@@ -62,8 +64,10 @@ _ATOM = (
     r"|\\[A-Za-z]+(?:\[[^\]]*\])?(?:\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})?|\\[$%,;! {}]|\d+(?:[.,]\d+)*|\.\d+"
     r"|[√∛π∞°%½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞²³¹⁰⁴-⁹⁻€£¥$]|(?<![^\W\d_])[a-zA-Z](?![^\W\d_])|[a-z]{1,3}(?=\()|[()\[\]{}|!])"
 )
-_OPERATOR = r"(?:\s*(?:\*\*|[-+*/^_=<>−×·⋅÷:≤≥≠≈±,]|\\(?:times|cdot|pm|le|ge|leq|geq|ne|neq|approx|div)\b)\s*)"
-_EXPRESSION = re.compile(rf"(?:[-−+±]\s*)?{_ATOM}(?:{_OPERATOR}*(?:(?<=\d)\s(?=\d+/)|\s(?=[\\√π]))?{_ATOM}){{0,80}}")
+_OPERATOR = r"(?:\s*(?:\*\*|:(?=\d)|[-+*/^_=<>−×·⋅÷≤≥≠≈±,]|\\(?:times|cdot|pm|le|ge|leq|geq|ne|neq|approx|div)\b)\s*)"
+_EXPRESSION = re.compile(
+    rf"(?:[-−+±]\s*|(?:minus|negative)\s+)?{_ATOM}(?:{_OPERATOR}*(?:(?<=\d)\s(?=\d+/)|\s(?=[\\√π]))?{_ATOM}){{0,80}}"
+)
 _VALUE = re.compile(r"\d|\\(?:frac|sqrt|pi|infty|emptyset|varnothing|mathbb|binom|log|ln|sin|cos|tan)|[√π∞½¼¾⅓⅔]")
 _ASKS = re.compile(
     r"\s*(?:find|determine|compute|calculate|evaluate|solve|what|how|which|when|where|who|prove|show that|express"
@@ -87,6 +91,8 @@ LAST = 2000
 """Characters from the end in which marks other than boxes and tags are looked for."""
 MOST_BOXES = 100
 """Boxes side by side that are read together."""
+_SENTENCE = re.compile(rf"{_SAYS.pattern}|[^\W\d_]{{2,}} (?:is|are|equals) ", re.IGNORECASE)
+_YES = re.compile(r"(yes|no|true|false)\b[,.;:!]", re.IGNORECASE)
 _WORDY = 8
 """More words than this are a sentence, in which the answer is an expression."""
 
@@ -190,7 +196,7 @@ def _inside(content: str) -> str | None:
     boxes = last_boxes(content)
     if boxes is not None:
         return ", ".join(boxes) if all(boxes) else None
-    if len(content.split()) <= _WORDY and "\n" not in content and not _SAYS.search(content):
+    if len(content.split()) <= _WORDY and "\n" not in content and not _SENTENCE.search(content):
         return content.strip("*` ") or None
     return final_answer(content.replace("<answer>", " "))
 
@@ -205,6 +211,8 @@ def _said(text: str) -> tuple[bool, str | None]:
             match = found
     if match is None:
         return False, None
+    if re.search(r"\b(?:or|maybe|perhaps)\s*$", plain[: match.start()], re.IGNORECASE):
+        return True, None
     rest = plain[match.end() :]
     rest = rest[_FILLER.match(rest).end() :]
     return True, _of_sentence(rest)
@@ -223,9 +231,12 @@ def _of_sentence(rest: str) -> str | None:
         return inner.strip() or None
     end = _end_of_sentence(rest)
     sentence, stop = rest[:end].strip(), rest[end : end + 1]
+    if said := _YES.match(sentence):
+        return said[1]
     if stop == "?" or not sentence:
         return None
     short = _CLAUSE.sub("", sentence).strip(" ,;*`\"'}") if not sentence.startswith("{") else sentence
+    short = re.sub("(?:です|となります|になります|である|입니다|이다)$", "", short)
     short = short + "}" * max(0, short.count("{") - short.count("}"))
     if len(re.findall(r"[^\W\d_]{2,}", re.sub(r"\\[A-Za-z]+", "", short))) <= _WORDY and short:
         return short
@@ -251,21 +262,34 @@ def _end_of_sentence(text: str) -> int:
 
 def _bold(text: str) -> tuple[bool, str | None]:
     """The last bold text that can be an answer: a heading or a remark cannot."""
-    found = [next(filter(None, match.groups()), "").strip() for match in _BOLD.finditer(text)]
-    return _marked([item for item in found if not item.endswith(":")])
+    found = [match for match in _BOLD.finditer(text) if not text.startswith((":", " :"), match.end())]
+    return _marked(text, [match for match in found if not _inner(match).endswith(":")])
 
 
 def _code(text: str) -> tuple[bool, str | None]:
     """The last code between ticks that is one line."""
-    blocks = [block.strip() for block in _FENCED.findall(text)]
-    found = [block for block in blocks if "\n" not in block] or _TICKS.findall(_FENCED.sub("", text))
-    return _marked([item.strip() for item in found])
+    found = [*_FENCED.finditer(text)]
+    covered = [match.span() for match in found]
+    inline = (match for match in _TICKS.finditer(text) if not any(a <= match.start() < b for a, b in covered))
+    found = [match for match in found if "\n" not in _inner(match)]
+    return _marked(text, sorted([*found, *inline], key=lambda match: match.start()))
 
 
-def _marked(found: list[str]) -> tuple[bool, str | None]:
-    found = [_LABEL.sub("", item) for item in found if item and not _STEP.match(item)]
-    found = [item for item in found if item and len(item.split()) <= 5]
-    return bool(found), found[-1].strip("*` ").rstrip(".") if found else None
+def _inner(match: re.Match) -> str:
+    return next(filter(None, match.groups()), "").strip()
+
+
+def _marked(text: str, found: list[re.Match]) -> tuple[bool, str | None]:
+    """The last of the marks that is short enough for an answer, with those that "or" joins to it."""
+    can_be = [(match, _LABEL.sub("", _inner(match))) for match in found if not _STEP.match(_inner(match))]
+    can_be = [(match, item.strip("*` ").rstrip(".")) for match, item in can_be if item and len(item.split()) <= 5]
+    if not can_be:
+        return False, None
+    match, answer = can_be.pop()
+    while can_be and re.fullmatch(r"\s*,?\s*(?:or|and)\s*|\s*,\s*", text[can_be[-1][0].end() : match.start()]):
+        match, item = can_be.pop()
+        answer = f"{item}, {answer}"
+    return True, answer
 
 
 _LABEL = re.compile(r"[^\W\d_][^\W\d_][\w ]{0,30}:\s*(?=\S)")
@@ -276,6 +300,8 @@ def _last_expression(text: str) -> str | None:
     """A text that is nothing but an answer, or the last expression of a longer one."""
     text = text[_FILLER.match(text).end() :].strip()
     words = re.findall(r"[^\W\d_]{2,}", re.sub(r"\\[A-Za-z]+", "", text))
+    if said := _YES.match(text):
+        return said[1]
     if _CHOICE.match(text) and len(words) <= 3 and "\n" not in text:
         return text
     alone = len(_sentences(text)) == 1 and not text.rstrip("$*) ").endswith("?") and not _UNSPACED.search(text)
@@ -298,7 +324,12 @@ def _last_in(text: str) -> str | None:
         if found:
             last = found.pop()
             answer = last[2]
-            while found and re.fullmatch(r"[,\s]*(?:and|or)\s+|\s*,\s*", sentence[found[-1][1] : last[0]]):
+            computed = "=" in answer and not re.match(r"[a-zA-Z]\w?\s*=", answer)
+            while (
+                found
+                and not computed
+                and re.fullmatch(r"[,\s]*(?:and|or)\s+|\s*,\s*", sentence[found[-1][1] : last[0]])
+            ):
                 last = found.pop()
                 answer = f"{last[2]}, {answer}"
             return answer

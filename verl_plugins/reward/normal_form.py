@@ -35,7 +35,7 @@ _SPACES = dict.fromkeys(
     "\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000", " "
 )
 _NOTHING = dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u00ad\u2061\u2062\u2063", "")
-_NOTHING["\u0332"] = ""
+_NOTHING |= dict.fromkeys("\u0332✓✔✅🎉", "")
 _FULL_WIDTH = {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
 _ONE_SIGN = str.maketrans({**_FULL_WIDTH, **_SPACES, **_NOTHING, **_SIGNS})
 _ROOTS = re.compile(r"([√∛∜])\s*(\((?:[^()]|\([^()]*\))*\)|\{[^{}]*\}|\d+(?:\.\d+)?|[a-zA-Zπ]|\\[a-z]+)")
@@ -47,7 +47,8 @@ _SAME = {
     "neq": "ne", "dbinom": "binom", "tbinom": "binom", "varnothing": "emptyset", "lbrace": "{", "rbrace": "}",
     "lvert": "|", "rvert": "|", "vert": "|", "mid": "|", "textbf": "text", "textrm": "text", "textit": "text",
     "textsf": "text", "texttt": "text", "emph": "text", "mbox": "text", "hbox": "text", "operatorname": "mathrm",
-    "mathbf": "math", "mathit": "math", "mathsf": "math", "boldsymbol": "math", "bm": "math", "mathnormal": "math",
+    "mathbf": "math",
+    "underline": "math", "mathit": "math", "mathsf": "math", "boldsymbol": "math", "bm": "math", "mathnormal": "math",
     "ast": "times", "dots": "ldots", "cdots": "ldots", "lor": "vee", "iff": "Leftrightarrow", "degree": "^\\circ",
     "degrees": "^\\circ", "textdegree": "^\\circ", "rightarrow": "to", "colon": ":", "R": "mathbb{R}",
     "pounds": "text{pounds}", "euro": "text{euros}", "euros": "text{euros}", "lt": "<", "gt": ">", "div": "/",
@@ -62,11 +63,17 @@ _LAYOUT = re.compile(rf"\\(?:{_DROPPED})(?![A-Za-z])(?:(?<=left)\.|(?<=right)\.)
 _COMMAND = re.compile(r"\\([A-Za-z]+)\*?")
 _GAP = re.compile(
     r"(?<!\\)\\[,;:> ]|~|\\(?:quad|qquad|thinspace|enspace|medspace)(?![A-Za-z])|\\[hv]space\*?\{[^{}]*\}"
-    r"|\\phantom\{[^{}]*\}"
+    r"|\\phantom\{[^{}]*\}|\\color\{[^{}]*\}|\\textcolor\{[^{}]*\}"
 )
 _DIGIT_GAP = re.compile(r"(?<=\d)(?:\\[,;:> !]|\{,\}|\{\\,\}|\{\s\}|\\thinspace)+(?=\d{3}(?!\d))")
-_FONT = re.compile(r"\\math\s*\{([^{}]*)\}")
+_FONT = re.compile(r"\\math\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _ROMAN = re.compile(r"\\mathrm\s*\{([^{}]*)\}")
+_POWERS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_LARGE = re.compile(r"(?<=\d)(?:\\text\{)?\s*(thousand|million|billion|trillion)\b\}?")
+_UNIT_FRACTION = re.compile(r"\\frac\s*\{\s*\\text\{([^{}]*)\}\s*\}\s*\{\s*\\text\{([^{}]*)\}\s*\}")
+_MINUS = re.compile(r"\b(?:minus|negative) (?=\d|\\frac|\\sqrt)")
+_TIMES = re.compile(r"(?<=\d) ?x ?(?=10\^)|(?<=\d) x (?=\d)")
+_EQUALS = re.compile(r"\s*\b(?:equals|is equal to)\b\s*")
 _OPERATORS = {
     "sin",
     "cos",
@@ -110,10 +117,13 @@ def _normal_form(answer: str) -> str:
     text = _without_delimiters(text)
     text = re.sub(r"\\\\(?=(?:frac|sqrt|text|pi|cdot|times|dfrac|left|right|infty|boxed)\b)", r"\\", text)
     text = _DIGIT_GAP.sub(",", text).replace("{,}", ",").replace("\\!", "")
-    text = _LAYOUT.sub("", text).replace("{.}", ".")
+    text = _LAYOUT.sub("", re.sub(r"(?<=\d)\{\.\}(?=\d)", ".", text))
     text = _GAP.sub(" ", text)
     text = _COMMAND.sub(lambda match: _renamed(match[1]), text)
     text = _ROMAN.sub(_roman, text)
+    text = _LARGE.sub(lambda match: rf"\times10^{{{_POWERS[match[1]]}}}", text)
+    text = _UNIT_FRACTION.sub(r"\\text{\1/\2}", text)
+    text = _MINUS.sub("-", _TIMES.sub(r"\\times ", _EQUALS.sub("=", text)))
     for _ in range(2):
         text = _FONT.sub(r"\1", text)
         text = _PLAIN_TEXT.sub(r"\1", text)

@@ -37,14 +37,17 @@ from verl_plugins.reward.values import (
 
 _ENDS = {"<": (False, False), ">": (False, False), "\\le": (True, True), "\\ge": (True, True)}
 _RELATIONS = {"=", "<", ">", "\\le", "\\ge", "\\ne", "\\approx", "\\in", "\\equiv", "\\sim"}
+_TURNED_BRACKETS = re.compile(r"([\[\]])([^\[\]()]+,[^\[\]()]+)([\[\]])")
+"""`]2, 3[` is the open interval."""
 _TURNED = {">": "<", "\\ge": "\\le"}
 _NAME = re.compile(
-    r"(?:\\(?:angle|triangle|text|mathrm|overline|vec|mathbf|m|hat|bar)\s*)*(?:\{[^{}]*\}|\\?[A-Za-z]+|[A-Z]{1,3})"
-    r"(?:[_^]?(?:\{[\w\\*',]+\}|[\w*']))?'*(?:\((?:[\w\\,.+-]|\{\w+\}){1,20}\))?"
+    r"(?!\\(?:pi|infty|sqrt|frac\{\d)|e$|i$)(?:m?(?:\\(?:angle|triangle|text|mathrm|overline|vec|hat|bar)\s*)*"
+    r"(?:\{[^{}]*\}|\\?[A-Za-z]+)(?:_(?:\{[\w\\*',]+\}|\w)|\^(?:\{-1\}|\{?[*']\}?))?'*"
+    r"(?:\((?:[\w\\,.+-]|\{\w+\}){1,20}\))?|\|[A-Zz]{1,3}\||\\frac\{d\w?\}\{d\w\}|\\(?:sin|cos|tan|cot|sec|csc)(?:\\angle)? ?\(?(?:\\[a-z]+|[A-Za-z]{1,3})\)?)"
 )
 _BASED = re.compile(
     r"\(?(?:\\text\{)?([0-9A-Fa-f]+)\}?\)?"
-    r"(?:_\{?\(?(?:\\text\{)?(\d+|[a-z]+)\}?\)?\}?| ?(?:\\text\{)?\(?base ?\}? ?(\d+|[a-z]+)\)?\}?)"
+    r"(?:_\{?\(?(?:\\text\{)?(\d+|[a-z]+)\}?\)?\}?| ?(?:\\text\{)?\(?(?:in )?base ?\}? ?(\d+|[a-z]+)\)?\}?)"
 )
 _BASES = {
     "two": 2,
@@ -68,7 +71,7 @@ _MODULO = re.compile(r"(.+?)(?:\\pmod\s*\{?(\w+)\}?|\\?\(?(?:\\bmod|\\mod|\\text
 _JOIN = re.compile(
     r"\\text\{,? ?(?:or|and)\}|(?<![A-Za-z\\])(?:or|and)(?![A-Za-z])|\\vee(?![A-Za-z])|\\wedge(?![A-Za-z])"
 )
-_LETTER = re.compile(r"(?:\\text\{)?\(?(?:option |choice |answer )?\(?([A-Ja-j])\)?(?:([.:)])?\}?)(.*)", re.DOTALL)
+_LETTER = re.compile(r"(?:\\text\{)?\(?(?i:option |choice |answer )?\(?([A-Ja-j])\)?(?:([.:)])?\}?)(.*)", re.DOTALL)
 
 
 @lru_cache(maxsize=2048)
@@ -120,6 +123,8 @@ def _special(text: str) -> Any:
 
 
 def _colons(text: str) -> Any:
+    if wrapped := re.fullmatch(r"\\text\{([^{}]*:[^{}]*)\}", text):
+        text = wrapped[1]
     if match := _TO.fullmatch(text):
         return Colons((Rational(match[1]), Rational(match[2])), "")
     match = _COLONS.fullmatch(text)
@@ -171,8 +176,6 @@ def _several(text: str) -> Any:
         return Several(tuple(Quantity(one, unit) for one in both), "")
     found = [part for part in found if part]
     if len(found) < 2 or len(found) > 200:
-        if len(found) == 1 and found[0] != text:
-            return read(found[0])
         raise NotUnderstood("a list without values")
     if is_prose(joined):
         return as_words(text)
@@ -210,6 +213,8 @@ def _related(text: str) -> Any:
         raise NotUnderstood("a relation without a left side")
     signs = [sign for _, sign in parts[1:]]
     sides = [part for part, _ in parts]
+    if signs == ["="] and _NAME.fullmatch(sides[1]) and not _NAME.fullmatch(sides[0]):
+        return Named(sides[1].replace(" ", ""), read(sides[0]))
     if signs[0] in ("=", "\\in") and (_NAME.fullmatch(sides[0]) or _is_tuple_of_names(sides[0])):
         value = read(text[text.index(signs[0], len(sides[0])) + len(signs[0]) :].strip())
         name = sides[0].replace(" ", "")
@@ -285,6 +290,10 @@ def _solved(sign: str, left: Expr, right: Expr) -> Region | None:
     if len(difference.free_symbols) != 1:
         return None
     (variable,) = difference.free_symbols
+    if difference.has(sympy.Abs) or (
+        difference.is_polynomial(variable) and 2 <= sympy.degree(difference, variable) <= 4
+    ):
+        return _where(difference <= 0 if sign == "\\le" else difference < 0, variable)
     if not difference.is_polynomial(variable) or sympy.degree(difference, variable) != 1:
         return None
     slope = difference.coeff(variable, 1)
@@ -295,6 +304,10 @@ def _solved(sign: str, left: Expr, right: Expr) -> Region | None:
 
 
 def _bracketed(text: str) -> Any:
+    if (turned := _TURNED_BRACKETS.fullmatch(text)) and (turned[1] == "]" or turned[3] == "["):
+        text = ("(" if turned[1] == "]" else "[") + turned[2] + (")" if turned[3] == "[" else "]")
+    if re.match(r"[A-Z]\(", text) and _is_one_bracket(text[1:]) and len(list(pieces(text[2:-1], {","}))) > 1:
+        text = text[1:]
     opening = next((sign for sign in ("\\{", "\\langle", "(", "[", "{") if text.startswith(sign)), None)
     closing = next((sign for sign in ("\\}", "\\rangle", ")", "]", "}") if text.endswith(sign)), None)
     if opening is None or closing is None or not _is_one_bracket(text):
@@ -314,6 +327,16 @@ def _bracketed(text: str) -> Any:
     if opening == "\\{":
         return Several(items, "{")
     return Several(items, opening if opening + closing in ("()", "[]") else opening + closing)
+
+
+def _where(holds: Any, variable: Expr) -> Region | None:
+    """Where an inequality of one variable holds, None if that is no union of intervals."""
+    found = sympy.solve_univariate_inequality(holds, variable, relational=False)
+    parts = found.args if isinstance(found, sympy.Union) else (found,)
+    if not all(isinstance(part, sympy.Interval) for part in parts):
+        return None
+    ends = [(part.start, not part.left_open, part.end, not part.right_open) for part in parts]
+    return merged([(a, a_in and a.is_finite, b, b_in and b.is_finite) for a, a_in, b, b_in in ends])
 
 
 def _is_one_bracket(text: str) -> bool:

@@ -28,7 +28,7 @@ from typing import Any
 PR_SET_PDEATHSIG = 1
 LENGTH = struct.Struct("!Q")
 WARM_UP = (("12.5", "13"), (r"\frac{1}{2}", "0.4"), (r"\sqrt{3}x+1", r"x^2"), (r"\{1,2\}", r"(2,3)"), ("x>2", "x<y"))
-WARM_UP += ((r"\sum_{k=1}^n k", r"\ln 2"), ("5 km", "3"), (r"\sin x", r"\pi"), ("5-2i", "2+i"))
+WARM_UP += ((r"\sum_{k=1}^n k", r"\ln 2"), ("5 km", "3"), (r"\sin x", r"\pi"), ("5-2i", "2+i"), ("|x|>3", "x^2<4"))
 """Answers and truths compared before the first fork: regular expressions and parser tables are built on first use."""
 
 HARMLESS = {"compile", "exec", "import", "marshal.loads", "os.listdir", "open", "array.__new__", "builtins.id"}
