@@ -43,7 +43,8 @@ _TURNED = {">": "<", "\\ge": "\\le"}
 _NAME = re.compile(
     r"(?!\\(?:pi|infty|sqrt|frac\{\d)|e$|i$)(?:m?(?:\\(?:angle|triangle|text|mathrm|overline|vec|hat|bar)\s*)*"
     r"(?:\{[^{}]*\}|\\?[A-Za-z]+)(?:_(?:\{[\w\\*',]+\}|\w)|\^(?:\{-1\}|\{?[*']\}?))?'*"
-    r"(?:\((?:[\w\\,.+-]|\{\w+\}){1,20}\))?|\|[A-Zz]{1,3}\||\\frac\{d\w?\}\{d\w\}|\\(?:sin|cos|tan|cot|sec|csc)(?:\\angle)? ?\(?(?:\\[a-z]+|[A-Za-z]{1,3})\)?)"
+    r"(?:\((?:[\w\\,.+-]|\{\w+\}){1,20}\))?|\|[A-Zz]{1,3}\||\\frac\{d\w?\}\{d\w\}"
+    r"|\\(?:sin|cos|tan|cot|sec|csc)(?:\\angle)? ?\(?(?:\\[a-z]+|[A-Za-z]{1,3})\)?)"
 )
 _BASED = re.compile(
     r"\(?(?:\\text\{)?([0-9A-Fa-f]+)\}?\)?"
