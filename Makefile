@@ -2,6 +2,7 @@
 # make test   lint and the whole test suite
 # make test-vllm  the tests of the preset cpu-vllm, in an environment of their own
 # make test-faults  what happens to runs when processes die, disks fill up and environments are odd
+# make test-cluster  a training on two Ray nodes, both on this machine
 # make docs   build the documentation into site/
 # make mutants  plant small errors in the methods, one at a time: the tests must notice 92 % (hours; SAMPLE=8 tries so many per file)
 # make bench  time the methods against verl's functions and a copy of the data
@@ -18,7 +19,7 @@ DOCS_INSTALLED := $(VENV)/.installed-docs
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-vllm test-faults docs bench mutants clean
+.PHONY: demo test test-vllm test-faults test-cluster docs bench mutants clean
 
 demo: $(INSTALLED)
 	$(BIN)/verl-plugins demo
@@ -34,6 +35,9 @@ test-vllm: $(VLLM_INSTALLED)
 
 test-faults: $(INSTALLED)
 	$(BIN)/python -m pytest tests/faults -m faults -n 0
+
+test-cluster: $(INSTALLED)
+	$(BIN)/python -m pytest -m cluster tests/cluster
 
 docs: $(DOCS_INSTALLED)
 	$(BIN)/mkdocs build --strict

@@ -11,9 +11,11 @@ pytest.register_assert_rewrite("training", "resuming", "running")
 
 HERE = Path(__file__).parent
 METADATA = "Metadata-Version: 2.1\nName: every-stage\nVersion: 1.0\n"
-ENTRIES = "[verl_plugins]\nevery_stage = every_stage:EveryStage\nbroken = broken:Broken\nrecipes = es_recipes:RECIPES\n"
+ENTRIES = "[verl_plugins]\nevery_stage = every_stage:EveryStage\nbroken = broken:Broken\nin_turn = in_turn:InTurn\n"
+ENTRIES += "recipes = es_recipes:RECIPES\n"
 RECIPES = {
     "every_stage": "plugins: {every_stage: {}}\nalgorithm: {adv_estimator: grpo}\n",
+    "in_turn": "plugins: {grpo: {}, in_turn: {}}\nalgorithm: {adv_estimator: grpo}\n",
     "broken": "plugins: {broken: {}}\nalgorithm: {adv_estimator: grpo}\n",
 }
 BROKEN = '''
@@ -33,7 +35,8 @@ class Broken(Plugin):
 def third_party(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an installed distribution: two plugins and their recipes."""
     site = tmp_path_factory.mktemp("site")
-    shutil.copy(HERE / "every_stage.py", site)
+    for file in ("every_stage.py", "in_turn.py"):
+        shutil.copy(HERE / file, site)
     (site / "broken.py").write_text(BROKEN)
     information = site / "every_stage-1.0.dist-info"
     information.mkdir()
