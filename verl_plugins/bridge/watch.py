@@ -130,7 +130,8 @@ class Watch:
     def _actor_died(self) -> tuple[str, int] | None:
         for actor in ray_state.actor_table(None, None, "DEAD").values():
             if actor["JobID"] == self._job and _unexpected(actor["DeathCause"]):
-                return KINDS.get(actor["ActorClassName"], actor["ActorClassName"]), actor["Pid"]
+                name = actor["ActorClassName"].rpartition(".")[2]  # verl's actor worker is made inside a function
+                return KINDS.get(name, name), actor["Pid"]
         return None
 
     def _circumstances(self, pid: int) -> str:

@@ -96,11 +96,12 @@ def test_a_dead_process_of_the_node_ends_the_driver_at_once(actors, process, tmp
     sentence(said[0], f"Ray's raylet (pid {process.pid}) died")
 
 
+@pytest.mark.parametrize("inside", ["", "create_colocated_worker_cls.<locals>."])
 @pytest.mark.parametrize("name", watch.KINDS)
-def test_a_dead_actor_is_named_with_its_last_words(actors, tmp_path, sentence, name) -> None:
+def test_a_dead_actor_is_named_with_its_last_words(actors, tmp_path, sentence, name, inside) -> None:
     log = tmp_path / "verl.log"
     log.write_text(f"\x1b[36m({name} pid=77)\x1b[0m out of paper\n(Other pid=78) no\n(Raylet) 77\n")
-    actors["a"] = {"JobID": "01", "ActorClassName": name, "Pid": 77, "DeathCause": cause(REASON.WORKER_DIED)}
+    actors["a"] = {"JobID": "01", "ActorClassName": inside + name, "Pid": 77, "DeathCause": cause(REASON.WORKER_DIED)}
     with pytest.raises(ProcessDied) as error, watched({}, log):
         time.sleep(60)
     sentence(error.value, f"the {watch.KINDS[name]} (pid 77) died", "'out of paper'")
