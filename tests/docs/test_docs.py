@@ -155,6 +155,28 @@ def test_the_code_about_checking_a_plugin_runs(site, tmp_path):
     testing.check_plugin(RankAdvantage, golden=golden, replay=names["replay"])
 
 
+def test_fields_of_a_batch_for_tests_are_called_as_the_table_says():
+    """Everything of the table about `Batch.from_tensors` is given under its name there and read under the other."""
+    table = section((ROOT / "docs" / "plugins.md").read_text(), "Check your plugin").split("| read as | given as |")[1]
+    given = {
+        "rm_scores": torch.tensor([[0.0, 1.0]]),
+        "response_mask": torch.ones(1, 2),
+        "acc": torch.tensor([0.0]),
+        "response_lengths": torch.tensor([2]),
+        "ref_log_prob": torch.zeros(1, 2),
+        "budget": 5,
+        "__max_tokens__": torch.tensor([3]),
+        "extra_info": [{"solution": "because", "level": 4}],
+        "session": [7],
+        "turn": [1],
+    }
+    assert all(f"`{name}" in table for name in given)
+    batch = verl_plugins.Batch.from_tensors(uid=["3-1-0"], **given)
+    assert (batch.scores.tolist(), batch.correct.tolist(), batch.lengths.tolist()) == ([1.0], [False], [2])
+    assert (batch.budgets.tolist(), batch.solution, list(batch.extra("level"))) == ([3], ["because"], [4])
+    assert (batch.session.tolist(), batch.turn.tolist(), batch.ref_log_probs.shape) == ([7], [1], (1, 2))
+
+
 @each_page
 def test_relative_links_exist(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):

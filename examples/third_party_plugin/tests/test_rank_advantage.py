@@ -36,5 +36,6 @@ def test_laws() -> None:
 
 def test_recipe() -> None:
     command = [sys.executable, "-m", "verl_plugins", "run", "grpo+rank_advantage", "--preset", "cpu", "--dry-run"]
-    plan = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "#   estimate_advantage: rank_advantage (implements), grpo (default)" in plan
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "#   estimate_advantage: rank_advantage (implements), grpo (default)" in done.stdout

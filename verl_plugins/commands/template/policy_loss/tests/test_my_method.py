@@ -21,5 +21,6 @@ def test_laws() -> None:
 
 def test_recipe() -> None:
     command = [sys.executable, "-m", "verl_plugins", "run", "grpo+my_method", "--preset", "cpu", "--dry-run"]
-    plan = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "#   policy_loss: my_method (wraps)" in plan
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "#   policy_loss: my_method (wraps)" in done.stdout
