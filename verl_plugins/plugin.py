@@ -41,7 +41,8 @@ class Plugin:
     Class attributes: `name` (the key under `plugins:`), `paper`, `version` (grows when saved state changes meaning),
     `api` (the API_VERSION it was written for), `verl` (the verl versions it works with), `needs` (fields verl must
     compute for it: entropy, current_entropy, old_log_probs, prompt_log_probs, rollout_log_probs, ref_log_probs; and the
-    columns uid, rm_scores, verdict where the loss reads them with `tokens.extra`).
+    columns uid, rm_scores, verdict where the loss reads them with `tokens.extra`), `label_free` (training needs no
+    ground truth while the plugin is on: it makes its own labels, or scores without them).
     """
 
     name: ClassVar[str]
@@ -50,6 +51,7 @@ class Plugin:
     api: ClassVar[int] = API_VERSION
     verl: ClassVar[str] = ">=0.9.1,<0.10"
     needs: ClassVar[frozenset[str]] = frozenset()
+    label_free: ClassVar[bool] = False
 
     @dataclass
     class Config:

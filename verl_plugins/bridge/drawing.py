@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 from torchdata.stateful_dataloader import StatefulDataLoader
 from verl.trainer.ppo.utils import create_rl_sampler
+from verl.trainer.ppo.v1 import trainer_base
 from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.rl_dataset import collate_fn
 
@@ -25,7 +28,8 @@ class DrawsPrompts:
     def _init_dataloader(self) -> None:
         """verl's dataset and order of rows, but the loader yields prompt ids: the rows are read when drawn."""
         try:
-            super()._init_dataloader()
+            with self._without_validation():
+                super()._init_dataloader()
         finally:
             self._refuse_too_few_rows()
         self.rows = RowsOfDataset(self.train_dataset)
@@ -39,6 +43,17 @@ class DrawsPrompts:
         if self.plugins.implements("prepare_validation"):
             edit = lambda prompts: self.plugins.hook.prepare_validation(run=self.run, prompts=prompts)  # noqa: E731
             self.val_dataloader = _Prepared(self.val_dataloader, edit)
+
+    @contextmanager
+    def _without_validation(self) -> Iterator[None]:
+        """Inside, verl makes a dataset of validation prompts that is never read where there are no files for one."""
+        if self.config.data.val_files:
+            yield
+            return
+        original = trainer_base.create_rl_dataset
+        unread = lambda files, *args, **kwargs: original(files, *args, **kwargs) if files else range(1)  # noqa: E731
+        with patch.object(trainer_base, "create_rl_dataset", unread):
+            yield
 
     def _refuse_too_few_rows(self) -> None:
         """Say which data is missing; verl divides by zero or fails in a sampler."""

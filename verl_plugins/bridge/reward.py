@@ -39,7 +39,7 @@ class PluginRewardManager(NaiveRewardManager):
         columns = item.non_tensor_batch
         return Answer(
             text=self.tokenizer.decode(response[:length], skip_special_tokens=True),
-            ground_truth=columns["reward_model"]["ground_truth"],
-            data_source=columns["data_source"],
+            ground_truth=(columns.get("reward_model") or {}).get("ground_truth"),
+            data_source=str(columns.get("data_source") or ""),
             extra_info=dict(columns.get("extra_info") or {}),
         )

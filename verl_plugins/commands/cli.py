@@ -114,16 +114,18 @@ def run(
 ) -> None:
     """Train with one recipe, or with several that fit together."""
     from verl_plugins.composition.compose import compose
+    from verl_plugins.composition.look import look
     from verl_plugins.composition.needs import check
 
     composed = compose(recipe, preset, overrides or ())
     plugins = check(composed)
+    seen = look(composed, plugins, out)
     if dry_run:
         from verl_plugins.composition.plan import plan
 
-        typer.echo(plan(composed, plugins, full=full), nl=False)
+        typer.echo(plan(composed, plugins, seen, full=full), nl=False)
     else:
-        _start(LAUNCH, composed, out=out or _folder(composed.recipe), verbose=verbose)
+        _start(LAUNCH, composed, out=out or _folder(composed.recipe), verbose=verbose, seen=seen)
 
 
 @app.command()

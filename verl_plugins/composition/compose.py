@@ -43,6 +43,8 @@ class Composed:
     env: dict[str, str]
     prepare: str | None
     """`module:function` that makes model and data before the run."""
+    sketch: str | None
+    """`module:function` that enters what `prepare` makes, and says where it can be looked at beforehand."""
     defaults: DictConfig
     """verl's own configuration, to compare with."""
     given: frozenset[str]
@@ -85,6 +87,7 @@ def compose(recipes: str, preset: str | None = None, overrides: Sequence[str] = 
         overrides=list(overrides),
         env={name: value for part in presets for name, value in part.env.items()},
         prepare=next((part.prepare for part in reversed(presets) if part.prepare), None),
+        sketch=next((part.sketch for part in reversed(presets) if part.sketch), None),
         defaults=defaults,
         given=asked.union(*[_keys_of(file) for file in files]),
         asked=asked,

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from verl_plugins.composition import refusals
 from verl_plugins.composition.compose import Composed
 from verl_plugins.composition.loggers import check_loggers
+from verl_plugins.composition.look import reward
 from verl_plugins.composition.manager import Plugins, build
 from verl_plugins.composition.override import one_line
 from verl_plugins.errors import CompositionError, PluginError, nearest
@@ -44,7 +41,7 @@ def check(composed: Composed) -> Plugins:
         _check_missing(config, prepared=composed.prepare is not None)
         config.plugins = composed.plugins  # interpolations resolved, the same in every process
         plugins = build(composed.plugins)
-        if leaving := refusals.giving_way(composed, plugins):
+        if leaving := [*refusals.giving_way(composed, plugins), *reward.giving_way(config, plugins)]:
             config.plugins = {name: settings for name, settings in composed.plugins.items() if name not in leaving}
             plugins = build(composed.plugins)
         refusals.check(composed, plugins)
@@ -53,7 +50,6 @@ def check(composed: Composed) -> Plugins:
             for need in sorted(plugin.needs):
                 _provide(config, need, plugin)
             _ask(plugin, config)
-        _check_data(composed)
     except OmegaConfBaseException as error:
         raise CompositionError(f"the composed configuration cannot be resolved: {one_line(error)}") from error
     return plugins
@@ -149,19 +145,3 @@ def _ask(plugin: Plugin, config: DictConfig) -> None:
     except Exception as error:
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise CompositionError(f"plugin {plugin.name!r} could not check the configuration: {cause}") from error
-
-
-def _check_data(composed: Composed) -> None:
-    data = composed.config.data
-    for key in ("train_files", "val_files"):
-        named = not OmegaConf.is_missing(data, key) and data[key] != composed.defaults.data[key]
-        made_later = composed.prepare is not None and not named
-        for file in [] if made_later else _files(data[key]):
-            if "://" not in file and not Path(file).expanduser().exists():
-                raise CompositionError(
-                    f"data.{key}: there is no file {file}; set data.{key}=… to a parquet or json file"
-                )
-
-
-def _files(value: Any) -> Iterator[str]:
-    yield from [value] if isinstance(value, str) else value or []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -12,13 +13,14 @@ from verl_plugins.composition.manager import Plugins
 from verl_plugins.hookspecs import STAGES
 
 
-def plan(composed: Composed, plugins: Plugins, *, full: bool = False) -> str:
-    """YAML of what differs from verl's defaults (or of everything), then the stages in the order they run."""
+def plan(composed: Composed, plugins: Plugins, seen: Sequence[str] = (), *, full: bool = False) -> str:
+    """YAML of what differs from verl's defaults (or of everything), the stages in the order they run, what was seen."""
     config = OmegaConf.to_container(composed.config, resolve=False)
     shown = config if full else difference(config, OmegaConf.to_container(composed.defaults, resolve=False))
     names = f"# recipe {composed.recipe}" + (f", preset {composed.preset}" if composed.preset else "")
     tree = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
-    return "\n".join([names, tree, "# stages, in the order they run", *_stages(plugins), ""])
+    told = ["# looked at", *(f"#   {line}" for line in seen)] if seen else []
+    return "\n".join([names, tree, "# stages, in the order they run", *_stages(plugins), *told, ""])
 
 
 def difference(tree: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from verl_plugins.errors import CompositionError, nearest
 from verl_plugins.hookspecs import STAGES
 
 RECIPE_KEYS = ("title", "problem", "does", "arxiv", "summary", "stages", "results", "status", "authors")
-PRESET_KEYS = ("title", "summary", "base", "requires", "env", "prepare")
+PRESET_KEYS = ("title", "summary", "base", "requires", "env", "prepare", "sketch")
 Path_ = tuple[str, ...]
 
 
@@ -84,6 +84,8 @@ class Preset:
     """Environment variables the run starts with."""
     prepare: str = ""
     """`module:function` that makes model and data before the first run."""
+    sketch: str = ""
+    """`module:function`, a context manager over {key: path}: what `prepare` makes, without the work it takes."""
     plugins: dict[str, dict[str, Any]] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
     broken: str = ""
@@ -223,8 +225,9 @@ def _preset(path: Path, owner: str) -> Preset:
         for key in ("env", "requires"):
             about[key] = _texts(about.get(key) or {}, f"{path}: preset.{key}")
         plugins = _plugins(tree.pop("plugins", None) or {}, path)
-        if not re.fullmatch(r"([\w.]+:\w+)?", about.get("prepare", "")):
-            raise CompositionError(f"{path}: preset.prepare is {about['prepare']!r}: it must be 'module:function'")
+        for key in ("prepare", "sketch"):
+            if not re.fullmatch(r"([\w.]+:\w+)?", about.get(key, "")):
+                raise CompositionError(f"{path}: preset.{key} is {about[key]!r}: it must be 'module:function'")
         return Preset(path.stem, path, owner, **about, plugins=plugins, overrides=tree)
     except CompositionError as error:
         return Preset(path.stem, path, owner, broken=str(error))

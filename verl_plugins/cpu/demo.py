@@ -25,10 +25,11 @@ def demo(out: Path) -> int:
     """Train, then summarise; returns the exit code."""
     from verl_plugins.bridge.launch import launch
     from verl_plugins.composition.compose import compose
+    from verl_plugins.composition.look import look
     from verl_plugins.composition.needs import check
 
     composed = compose(RECIPE, PRESET, ())
-    check(composed)
+    look(composed, check(composed), out)
     code = launch(composed, out=out)
     if code == 0:
         steps, validations = read_metrics(Path(out) / "metrics.jsonl")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import Qwen2ForCausalLM, Qwen2TokenizerFast
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2TokenizerFast
 
 # Below this, vLLM's CPU attention refuses the model.
 MIN_HEAD_DIM = 32
@@ -63,13 +63,13 @@ def make_tokenizer() -> Qwen2TokenizerFast:
     return tokenizer
 
 
-def make_model(settings: ModelSettings = ModelSettings()) -> Qwen2ForCausalLM:
-    """A Qwen2 with random float32 weights that depend on ``settings`` alone; torch's global generator is not moved."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+def make_config(settings: ModelSettings = ModelSettings()) -> Qwen2Config:
+    """The model's configuration."""
+    from transformers import Qwen2Config
 
     tokenizer = make_tokenizer()
-    config = Qwen2Config(
+    return Qwen2Config(
+        architectures=["Qwen2ForCausalLM"],
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden_size,
         intermediate_size=settings.intermediate_size,
@@ -84,6 +84,13 @@ def make_model(settings: ModelSettings = ModelSettings()) -> Qwen2ForCausalLM:
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
     )
+
+
+def make_model(settings: ModelSettings = ModelSettings()) -> Qwen2ForCausalLM:
+    """A Qwen2 with random float32 weights that depend on ``settings`` alone; torch's global generator is not moved."""
+    import torch
+    from transformers import Qwen2ForCausalLM
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        return Qwen2ForCausalLM(config)
+        return Qwen2ForCausalLM(make_config(settings))

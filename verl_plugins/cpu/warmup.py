@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from verl_plugins.cpu.model import ModelSettings, make_model, make_tokenizer
+from verl_plugins.cpu.model import ModelSettings, make_config, make_model, make_tokenizer
 from verl_plugins.cpu.task import TaskSettings, all_sums, split_sums, write_task
 from verl_plugins.errors import RunError
 
@@ -140,8 +140,8 @@ def prepare(
     Raises:
         RunError: the folder is not in the cache, and the cache cannot be written.
     """
-    folder = Path(cache_dir) / _key(model, task, warmup)
-    prepared = Prepared(folder / "model", folder / "train.parquet", folder / "val.parquet")
+    prepared = locate(cache_dir, model, task, warmup)
+    folder = prepared.model_path.parent
     if _whole(folder):
         return prepared
     try:
@@ -196,6 +196,24 @@ def _whole(folder: Path) -> bool:
         return bool(told) and all(there.get(name) == value for name, value in told.items())
     except (OSError, ValueError, AttributeError):
         return False
+
+
+def locate(cache_dir: Path, model: ModelSettings, task: TaskSettings, warmup: WarmupSettings) -> Prepared:
+    """Where the cache has them, or will have."""
+    return _inside(Path(cache_dir) / _key(model, task, warmup))
+
+
+def sketch(folder: Path, model: ModelSettings, task: TaskSettings) -> Prepared:
+    """The task, and the model's configuration and tokenizer without weights, in `folder`."""
+    made = _inside(folder)
+    write_task(folder, task)
+    make_config(model).save_pretrained(made.model_path)
+    make_tokenizer().save_pretrained(made.model_path)
+    return made
+
+
+def _inside(folder: Path) -> Prepared:
+    return Prepared(folder / "model", folder / "train.parquet", folder / "val.parquet")
 
 
 def _key(*settings: ModelSettings | TaskSettings | WarmupSettings) -> str:

@@ -42,6 +42,9 @@ def convert(
     system: Annotated[Text, typer.Option(help="A system message before each question.")] = None,
     suffix: Annotated[Text, typer.Option(help="A last line for each question.")] = None,
     skip_unanswered: Annotated[bool, typer.Option("--skip-unanswered", help="Leave out rows without answer.")] = False,
+    unlabelled: Annotated[
+        bool, typer.Option("--unlabelled", help="Keep questions without answer, for recipes that need none.")
+    ] = False,
     drop_duplicates: Annotated[
         bool, typer.Option("--drop-duplicates", help="Keep the first row of each question.")
     ] = False,
@@ -62,6 +65,8 @@ def convert(
 
     if val_fraction is not None and val_to is None:
         raise DataError(f"--val-fraction {val_fraction} needs --val-to, the file for the rows that are held out")
+    if unlabelled and skip_unanswered:
+        raise DataError("--unlabelled keeps the rows that --skip-unanswered leaves out: give one of the two")
     options = Options(
         shape=shape,
         question=question,
@@ -75,6 +80,7 @@ def convert(
         val_to=val_to,
         val_fraction=Options.val_fraction if val_fraction is None else val_fraction,
         skip_unanswered=skip_unanswered,
+        unlabelled=unlabelled,
         drop_duplicates=drop_duplicates,
     )
     print_report(convert_file(file, to, options, Console(stderr=True)), Console())

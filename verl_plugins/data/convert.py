@@ -44,6 +44,7 @@ class Options:
     val_to: Path | None = None
     val_fraction: float = 0.1
     skip_unanswered: bool = False
+    unlabelled: bool = False
     drop_duplicates: bool = False
 
 
@@ -111,7 +112,8 @@ def _check_report(report: Report, options: Options) -> None:
     if count and not options.skip_unanswered:
         raise DataError(
             f"{count:,} of {report.read:,} rows of {report.file} have no question or answer: "
-            f"{some(report.unanswered)}; correct them, or leave them out with --skip-unanswered"
+            f"{some(report.unanswered)}; correct them, leave them out with --skip-unanswered, or keep the questions "
+            f"with --unlabelled"
         )
     if options.val_to and not (report.train and report.val):
         raise DataError(
@@ -130,7 +132,7 @@ class _Converter:
                 raise DataError(f"{flag} {column}: {file} has no such column{nearest(column, there)}")
         flags = {name: getattr(options, name) for name in ("shape", "question", "answer", "solution")}
         self.file, self.options = file, options
-        self.columns = recognise(first.rows, file, **flags)
+        self.columns = recognise(first.rows, file, **flags, unlabelled=options.unlabelled)
         self.kept = self._kept(first)
         """Name in `extra_info` and type of each column that is kept."""
         self.report = Report(file, to, options.val_to, self.columns, self._not_kept(there))
@@ -160,7 +162,7 @@ class _Converter:
         solved: list[tuple[int, str, str]] = []
         for number, row in zip(chunk.numbers, chunk.rows, strict=True):
             try:
-                found = problem(row, self.columns)
+                found = problem(row, self.columns, self.options.unlabelled)
             except Unusable as reason:
                 self.report.unanswered.append((number, str(reason)))
                 continue
@@ -180,6 +182,7 @@ class _Converter:
             )
             sides[int.from_bytes(digest[:8], "big") < self._threshold].append(converted)
             self.report.first = self.report.first or found
+            self.report.unlabelled += not found.answer
             if found.solution:
                 solved.append((number, found.solution, found.answer))
         self.report.disagreements += disagreements(solved)

@@ -36,6 +36,8 @@ class Report:
     solutions: int = 0
     unanswered: list[tuple[int, str]] = field(default_factory=list)
     """Row and reason of each row left out."""
+    unlabelled: int = 0
+    """Rows kept without an answer."""
     duplicates: int = 0
     """Rows that ask what an earlier row asks."""
     contradictions: int = 0
@@ -55,6 +57,7 @@ class Report:
         if self.val_to:
             yield f"rows held out in {self.val_to.name}", self.val
         yield "rows without question or answer, left out", len(self.unanswered)
+        yield "rows without answer, kept", self.unlabelled
         yield "rows that ask what an earlier row asks", self.duplicates
         yield "… and give another answer", self.contradictions
         yield "rows with a worked solution", self.solutions

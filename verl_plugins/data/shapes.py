@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from numbers import Number
 from typing import Any
 
+from verl_plugins.data.answers import is_answer
 from verl_plugins.errors import DataError, nearest
 from verl_plugins.reward.final_answer import after_hashes, last_boxed
 
@@ -83,6 +84,7 @@ def recognise(
     question: str | None = None,
     answer: str | None = None,
     solution: str | None = None,
+    unlabelled: bool = False,
 ) -> Columns:
     """The columns of these rows of file `where` that hold question, answer and solution; what is given is not guessed.
 
@@ -111,10 +113,10 @@ def recognise(
     answers, solutions = defaults[shape]
     answer = answer or next((name for name in answers if name in there), None)
     solution = solution or next((name for name in solutions if name in there and name != answer), None)
-    if answer is None and not (shape == "math" and solution):
+    if answer is None and not (shape == "math" and solution) and not unlabelled:
         raise DataError(
             f"{where} has columns {', '.join(there)}: which holds the answer is not clear for shape {shape}; name it "
-            "with --answer, or with --solution where it is in a \\boxed{…}"
+            "with --answer, or with --solution where it is in a \\boxed{…}; --unlabelled keeps questions without any"
         )
     if shape == "gsm8k" and solution:
         raise DataError(f"--solution {solution}: in shape gsm8k the solution is in column {answer}, before {MARK}")
@@ -133,13 +135,23 @@ def _shape(
     return "math" if solution or "solution" in there else "plain"
 
 
-def problem(row: Mapping[str, Any], columns: Columns) -> Problem:
-    """Question, answer and worked solution of one row.
+def problem(row: Mapping[str, Any], columns: Columns, unlabelled: bool = False) -> Problem:
+    """Question, answer and worked solution of one row; with `unlabelled` the answer may be missing, and is "" then.
 
     Raises:
         Unusable: if the row has no question or no answer.
     """
     messages = _messages(value(row, columns.question), columns.question)
+    try:
+        return Problem(messages, *_answered(row, columns))
+    except Unusable:
+        if not unlabelled:
+            raise
+        return Problem(messages, "", None)
+
+
+def _answered(row: Mapping[str, Any], columns: Columns) -> tuple[str, str | None]:
+    """Answer and worked solution."""
     answer = _text(value(row, columns.answer), columns.answer) if columns.answer else ""
     solution = _text(value(row, columns.solution), columns.solution) if columns.solution else ""
     if columns.shape == "gsm8k":
@@ -147,8 +159,10 @@ def problem(row: Mapping[str, Any], columns: Columns) -> Problem:
     elif columns.shape == "math" and not answer:
         answer = _boxed_answer(solution, columns.solution)
     if not answer:
-        raise Unusable(f"column {columns.answer} is empty")
-    return Problem(messages, answer, solution or None)
+        raise Unusable(f"column {columns.answer} is empty" if columns.answer else "no column holds an answer")
+    if not is_answer(answer):
+        raise Unusable(f"{answer!r} in column {columns.answer or columns.solution} stands for no answer")
+    return answer, solution or None
 
 
 def _split(text: str, column: str | None) -> tuple[str, str]:

@@ -148,8 +148,7 @@ def ground_truth(truth: Any) -> str | None:
     if marked:
         text = answer or ""
     form = normal_form(text)
-    known = {text.casefold(), form.casefold(), words.meaning(form)}
-    return None if not form or known & words.SENTINELS else form
+    return form if form and words.is_answer(text) else None
 
 
 @cache

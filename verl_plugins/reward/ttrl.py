@@ -27,7 +27,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from verl_plugins import Batch, CompositionError, Plugin, Prompts, Run, hookimpl, setting
+from verl_plugins import Batch, CompositionError, DataError, Plugin, Prompts, Run, hookimpl, setting
 from verl_plugins.reward.comparer import Comparer
 from verl_plugins.reward.normal_form import normal_form
 
@@ -83,6 +83,7 @@ class Ttrl(Plugin):
 
     name = "ttrl"
     paper = "arXiv:2504.16084"
+    label_free = True
 
     @dataclass
     class Config:
@@ -178,5 +179,9 @@ class Ttrl(Plugin):
 
 def _has_truth(batch: Batch) -> np.ndarray:
     """[B] bool: whether the row's prompt came with a ground truth."""
-    truth = pd.Series(batch.extra("reward_model"), dtype=object).str.get("ground_truth")
+    try:
+        labels = batch.extra("reward_model")
+    except DataError:  # data without labels need not have the column
+        return np.zeros(len(batch), dtype=bool)
+    truth = pd.Series(labels, dtype=object).str.get("ground_truth")
     return (truth.notna() & (truth != "")).to_numpy(bool)

@@ -36,13 +36,30 @@ _MEANING = {phrase: meaning for meaning, phrases in _MEANINGS.items() for phrase
 _MONTHS = "january february march april may june july august september october november december"
 _MONTH = {month[:length]: month for month in _MONTHS.split() for length in (3, len(month))} | {"sept": "september"}
 
-SENTINELS = {
-    "", "proof", "n/a", "na", "nan", "null", "none", "?", "-", "--", "unknown", "see solution", "see the solution",
-    "tbd", "not provided", "no answer", "omitted", "[]", "{}", "...", "see proof", "see the proof above",
-    "todo", "not available", "no ground truth", "placeholder", "nil", "<na>", "\\text{proof}", "no answer provided",
-    "missing", "not applicable",
-}  # fmt: skip
-"""What stands in data sets where there is no answer."""
+SENTINELS = frozenset(
+    (
+        *("n/a", "n.a", "#n/a", "<na>", "none", "null", "nil", "nan", "unknown", "unanswered", "no answer", "missing"),
+        *("not available", "not applicable", "not given", "not provided", "not known", "no answer available"),
+        *("no answer provided", "no answer given", "answer not available", "no ground truth", "tbd", "todo", "omitted"),
+        *("to be determined", "to be added", "empty", "placeholder", "[none]", "[]", "{}", "()", "proof", "see proof"),
+        *("see solution", "see the solution", "see the proof above"),
+    )
+)
+"""What stands in data sets where there is no answer, in small letters. "Undefined" and "no solution" are answers."""
+_WRAPPED = re.compile(r"\\(?:boxed|fbox|text|textbf|mathrm|texttt)\s*\{(.*)\}", re.DOTALL)
+_MARKS = re.compile(r"[\s.?!…_*\-–—]*")
+
+
+def is_answer(text: str) -> bool:
+    r"""Whether the text answers anything: not empty, no mere dashes or question marks, no sentinel (`\text{N/A}`).
+
+    Na, the element, does; NA does not.
+    """
+    text = text.strip().strip("$\"'`").strip()
+    while inside := _WRAPPED.fullmatch(text):
+        text = inside[1].strip()
+    plain = " ".join(text.rstrip(".").split())
+    return not (_MARKS.fullmatch(plain) or plain == "NA" or plain.lower() in SENTINELS)
 
 
 def meaning(text: str) -> str:
