@@ -1,0 +1,137 @@
+"""What is refused before a run starts, and what is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import models
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from verl_plugins.composition.compose import compose
+from verl_plugins.composition.look import look
+from verl_plugins.composition.needs import check
+from verl_plugins.errors import CompositionError
+
+QUIET = ("trainer.val_before_train=false", "trainer.test_freq=-1", "data.val_files=null")
+
+
+def rows(truth: object = "4", text: str = "2+2=", count: int = 16, system: str = "") -> list[dict]:
+    first = [{"role": "system", "content": system}] if system else []
+    messages = [*first, {"role": "user", "content": text}]
+    made = {"data_source": "own", "prompt": messages, "extra_info": {"index": 0}}
+    return [{**made, "reward_model": {"style": "rule", "ground_truth": truth}} for _ in range(count)]
+
+
+def write(path: Path, made: list[dict]) -> Path:
+    pq.write_table(pa.Table.from_pylist(made), path)
+    return path
+
+
+def looked(data: Path, model: Path, *overrides: str, recipe: str = "grpo") -> list[str]:
+    paths = (f"data.train_files={data}", f"actor_rollout_ref.model.path={model}")
+    composed = compose(recipe, "cpu", (*paths, *QUIET, *overrides))
+    return look(composed, check(composed))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write(tmp_path / "train.parquet", rows())
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({}, None),
+        ({"kind": "gpt2", "name": "GPT2LMHeadModel"}, None),
+        ({"kind": "qwen3", "name": "Qwen3ForCausalLM"}, None),
+        ({"template": None}, ["no chat template", "custom_chat_template"]),
+        ({"template": "{{ broken"}, ["chat template", "custom_chat_template"]),
+        ({"template": "a/file.jinja"}, ["leaves out", "custom_chat_template"]),
+        ({"max_position_embeddings": 20}, ["positions", "data.max_prompt_length=32"]),
+        ({"vocab_size": 100}, ["vocab_size"]),
+        ({"name": "LlamaForSequenceClassification"}, ["LlamaForSequenceClassification"]),
+        ({"kind": "t5", "name": "T5ForConditionalGeneration"}, ["T5ForConditionalGeneration"]),
+        ({"kind": "mamba", "name": "MambaForCausalLM"}, ["MambaForCausalLM"]),
+    ],
+)
+def test_models(tmp_path: Path, data: Path, sentence, settings: dict, parts: list[str] | None) -> None:
+    model = models.write(tmp_path / "model", **settings)
+    if parts is None:
+        assert looked(data, model)
+        return
+    with pytest.raises(CompositionError) as error:
+        looked(data, model)
+    sentence(error.value, *parts)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_model_that_is_not_complete(tmp_path: Path, data: Path, sentence, file: str) -> None:
+    model = models.write(tmp_path / "model")
+    (model / file).unlink()
+    with pytest.raises(CompositionError) as error:
+        looked(data, model)
+    sentence(error.value, "actor_rollout_ref.model.")
+
+
+@pytest.mark.parametrize(("template", "part"), [(models.NO_SYSTEM, "no system"), (models.USERS_ONLY, "leaves out")])
+def test_a_template_that_does_not_take_system_messages(tmp_path: Path, sentence, template: str, part: str) -> None:
+    model, plain = models.write(tmp_path / "model", template=template), write(tmp_path / "plain.parquet", rows())
+    assert looked(plain, model)
+    with pytest.raises(CompositionError) as error:
+        looked(write(tmp_path / "a.parquet", rows(system="Be brief")), model)
+    sentence(error.value, part, "custom_chat_template", "a.parquet")
+
+
+@pytest.mark.parametrize("truth", [None, "", " ", "N/A", "None", "unknown", r"\text{N/A}"])
+def test_truths_that_answer_nothing(tmp_path: Path, sentence, truth: object) -> None:
+    model, file = models.write(tmp_path / "model"), write(tmp_path / "a.parquet", [*rows(count=16), *rows(truth, count=1)])
+    with pytest.raises(CompositionError) as error:
+        looked(file, model)
+    sentence(error.value, "row 17", "a.parquet", "ground_truth")
+
+
+def test_label_free_recipes_train_without_the_column(tmp_path: Path, sentence) -> None:
+    model = models.write(tmp_path / "model")
+    bare = [{key: row[key] for key in row if key != "reward_model"} for row in rows()]
+    file = write(tmp_path / "a.parquet", bare)
+    assert looked(file, model, recipe="ttrl", *("actor_rollout_ref.rollout.n=8", "plugins.ttrl.n_votes=8"))
+    with pytest.raises(CompositionError) as error:
+        looked(file, model)
+    sentence(error.value, "reward_model", "a.parquet")
+
+
+def test_long_prompts_are_refused_or_counted(tmp_path: Path, sentence) -> None:
+    model = models.write(tmp_path / "model")
+    file = write(tmp_path / "a.parquet", [*rows(), *rows(text="1+" * 20, count=1)])
+    with pytest.raises(CompositionError) as error:
+        looked(file, model)
+    sentence(error.value, "row 17", "data.max_prompt_length=40", "data.filter_overlong_prompts=true")
+    assert looked(file, model, "data.max_prompt_length=40")
+    assert any("1 longer" in line for line in looked(file, model, "data.filter_overlong_prompts=true"))
+
+
+@pytest.mark.parametrize("made", [{"prompt": ["2+2="] * 16}, {"question": ["2+2="] * 16}])
+def test_columns(tmp_path: Path, sentence, made: dict) -> None:
+    pq.write_table(pa.table(made), tmp_path / "a.parquet")
+    with pytest.raises(CompositionError) as error:
+        looked(tmp_path / "a.parquet", models.write(tmp_path / "model"))
+    sentence(error.value, "'prompt'", "a.parquet", "data convert")
+
+
+def test_fewer_rows_than_a_step_needs(tmp_path: Path, sentence) -> None:
+    with pytest.raises(CompositionError) as error:
+        looked(write(tmp_path / "a.parquet", rows(count=5)), models.write(tmp_path / "model"))
+    sentence(error.value, "data.train_files", "5 rows", "data.train_batch_size")
+
+
+def test_a_reward_function_of_the_user_scores(tmp_path: Path, data: Path, sentence) -> None:
+    model, file = models.write(tmp_path / "model"), tmp_path / "score.py"
+    file.write_text("def compute_score(**given):\n    return 1.0\n")
+    asked = f"reward.custom_reward_function.path={file}"
+    lines = looked(data, model, asked)
+    assert any(str(file) in line for line in lines) and not any("math_verify" in line for line in lines)
+    with pytest.raises(CompositionError) as error:
+        looked(data, model, asked, "reward.custom_reward_function.name=compute_scor")
+    sentence(error.value, "did you mean 'compute_score'?")
