@@ -14,7 +14,9 @@ USERS_ONLY = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content']
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 256}
 
 
-def write(folder: Path, kind: str = "llama", name: str = "LlamaForCausalLM", template: Any = JOINED, **config: Any) -> Path:
+def write(
+    folder: Path, kind: str = "llama", name: str = "LlamaForCausalLM", template: Any = JOINED, **config: Any
+) -> Path:
     """A model's folder; its weights are an empty promise of one byte."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template

@@ -257,7 +257,8 @@ def _tokenizer(folder: Path, section: DictConfig) -> PreTrainedTokenizerBase:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
-        tokenizer("1+1=")
+        if not tokenizer("1+1=", add_special_tokens=False)["input_ids"]:
+            raise ValueError("its vocabulary reads nothing")  # transformers makes an empty one where files are missing
     except Exception as error:
         raise CompositionError(
             f"{PATH}: {folder} has no tokenizer that transformers can read ({short(error)}); set "

@@ -86,7 +86,10 @@ def test_a_template_that_does_not_take_system_messages(tmp_path: Path, sentence,
 
 @pytest.mark.parametrize("truth", [None, "", " ", "N/A", "None", "unknown", r"\text{N/A}"])
 def test_truths_that_answer_nothing(tmp_path: Path, sentence, truth: object) -> None:
-    model, file = models.write(tmp_path / "model"), write(tmp_path / "a.parquet", [*rows(count=16), *rows(truth, count=1)])
+    model, file = (
+        models.write(tmp_path / "model"),
+        write(tmp_path / "a.parquet", [*rows(count=16), *rows(truth, count=1)]),
+    )
     with pytest.raises(CompositionError) as error:
         looked(file, model)
     sentence(error.value, "row 17", "a.parquet", "ground_truth")
@@ -96,7 +99,7 @@ def test_label_free_recipes_train_without_the_column(tmp_path: Path, sentence) -
     model = models.write(tmp_path / "model")
     bare = [{key: row[key] for key in row if key != "reward_model"} for row in rows()]
     file = write(tmp_path / "a.parquet", bare)
-    assert looked(file, model, recipe="ttrl", *("actor_rollout_ref.rollout.n=8", "plugins.ttrl.n_votes=8"))
+    assert looked(file, model, "actor_rollout_ref.rollout.n=8", "plugins.ttrl.n_votes=8", recipe="ttrl")
     with pytest.raises(CompositionError) as error:
         looked(file, model)
     sentence(error.value, "reward_model", "a.parquet")
