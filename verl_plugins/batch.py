@@ -160,13 +160,25 @@ class Batch:
     @rewards.setter
     def rewards(self, values: Tensor) -> None:
         self._keep_raw_scores()
+        self._row_shaped(values, "rewards")
         if values.dim() == 1:
+            self._finite(values, "rewards: the reward")
             last = self.lengths.clamp(min=1) - 1
             values = torch.zeros_like(self._field("rm_scores")).scatter_(1, last[:, None], values[:, None].float())
-        if values.shape != self.response_mask.shape:
-            raise DataError(f"rewards: shape {tuple(values.shape)}, expected {tuple(self.response_mask.shape)}")
+        else:
+            self._finite(values.sum(-1), "rewards: the sum of the rewards")
         self._fields["rm_scores"] = self.written["rm_scores"] = values.float()
         self.__dict__.pop("_row_sums", None)
+
+    def _row_shaped(self, values: Any, what: str) -> None:
+        """A real tensor [B] or [B,T]."""
+        rows, tokens = self.response_mask.shape
+        if not isinstance(values, Tensor):
+            raise DataError(f"{what}: a {type(values).__name__}, expected a tensor [{rows}] or [{rows}, {tokens}]")
+        if values.shape not in ((rows,), (rows, tokens)):
+            raise DataError(f"{what}: shape {tuple(values.shape)}, expected ({rows},) or ({rows}, {tokens})")
+        if values.is_complex():
+            raise DataError(f"{what}: {values.dtype}, expected real numbers")
 
     @cached_property
     def _row_sums(self) -> Tensor:
@@ -309,12 +321,14 @@ class Batch:
 
     def put(self, name: str, values: Tensor) -> None:
         """Add a field [B] or [B,T] that later stages read with `extra(name)`, the loss with `tokens.extra(name)`."""
-        if values.shape not in (self.response_mask.shape, self.response_mask.shape[:1]):
-            raise DataError(f"put {name!r}: shape {tuple(values.shape)}, expected [B] or [B,T] of this batch")
+        self._row_shaped(values, f"put {name!r}")
         self._fields[name] = self.written[name] = values
 
     def drop(self, rows: Tensor) -> None:
         """Leave rows [B] bool out of the rest of the step (`select_rows` only)."""
+        self._row_shaped(rows, "drop")
+        if rows.dim() != 1:
+            raise DataError(f"drop: shape {tuple(rows.shape)}, expected one flag per row, ({len(self)},)")
         self.dropped = self.dropped | rows.bool()
         if bool(self.dropped.all()):
             raise DataError(f"select_rows dropped all {len(self)} rows of the batch; at least one must remain")
@@ -344,6 +358,8 @@ class Batch:
             raise DataError(f"add: row {like} of {len(self)} and {len(response)} tokens; a row and a token are needed")
         if rollout_log_probs is not None and len(rollout_log_probs) != len(response):
             raise DataError(f"add: {len(rollout_log_probs)} rollout_log_probs for {len(response)} tokens")
+        if not math.isfinite(reward):
+            raise DataError(f"add: the reward is {float(reward)}, expected a finite number")
         uid = self.uid[like]
         session = self._next_session.get(uid, 0)
         self._next_session[uid] = session + 1

@@ -3,6 +3,8 @@
 PluginError
 ├── CompositionError   recipe, plugins, settings or data do not fit together; raised before any process starts
 ├── DataError          a batch holds what a method cannot use (NaN reward, missing field, ±1 where 0/1 is needed)
+│   └── ResultError    a stage gave what training cannot go on with (another shape, NaN, an id that does not exist)
+├── PluginFailed       a plugin raised an error of its own in another process
 ├── StateError         a checkpoint's plugin state does not belong to this run
 └── RunError           a folder that is no run, or a run that lacks what is asked of it
 """
@@ -24,6 +26,14 @@ class CompositionError(PluginError):
 
 class DataError(PluginError):
     """A batch holds what a method cannot use."""
+
+
+class ResultError(DataError):
+    """A stage gave what training cannot go on with."""
+
+
+class PluginFailed(PluginError):
+    """A plugin raised an error of its own in another process; the message says which, where and what."""
 
 
 class StateError(PluginError):

@@ -177,34 +177,62 @@ class TestShow:
 
 
 class TestRun:
-    def test_dry_run_prints_what_differs_and_the_stages(self, data) -> None:
+    def test_dry_run_prints_what_differs_the_stages_and_what_was_looked_at(self) -> None:
         adds = ["+actor_rollout_ref.model.override_config.a=1", "~trainer.v1.sampler", "++trainer.nnodes=3"]
-        text = succeeds("run", "vade+clip_cov", *adds, "--preset=1gpu", "--dry-run", *data)
-        assert text.startswith("# recipe vade+clip_cov, preset 1gpu\n")
-        for part in ("nnodes: 3", "      a: 1", "lambda_selected: 0.2", "#   policy_loss: clip_cov (implements)"):
+        text = succeeds("run", "vade+clip_cov", *adds, "--preset=cpu", "--dry-run")
+        assert text.startswith("# recipe vade+clip_cov, preset cpu\n")
+        looked = (
+            "# looked at",
+            "#   reward: plugin math_verify",
+            "#   data: val ",
+            "the longest prompt 6 of 32 tokens",
+        )
+        for part in (
+            *looked,
+            "nnodes: 3",
+            "      a: 1",
+            "lambda_selected: 0.2",
+            "#   policy_loss: clip_cov (implements)",
+        ):
             assert part in text
         assert "total_epochs" not in text
 
-    def test_dry_run_in_full(self, data) -> None:
-        assert "total_epochs: 30" in succeeds("run", "grpo", "--preset", "1gpu", "--dry-run", "--full", *data)
+    def test_dry_run_in_full(self) -> None:
+        assert "total_epochs: 30" in succeeds("run", "grpo", "--preset", "cpu", "--dry-run", "--full")
+
+    def test_a_dry_run_refuses_what_a_run_would(self, data, sentence) -> None:
+        """No GPU here, and files that are empty."""
+        fails(
+            sentence,
+            ["flash_attention_2", "attn_implementation=sdpa"],
+            "run",
+            "grpo",
+            "--preset",
+            "1gpu",
+            "--dry-run",
+            *data,
+        )
+        fails(sentence, ["data.train_files", "cannot be read"], "run", "grpo", "--preset", "cpu", "--dry-run", *data)
 
     def test_mistakes_end_in_one_line(self, sentence) -> None:
         fails(sentence, ["no recipe 'vadee'"], "run", "vadee")
         fails(sentence, ["'trainer.nnodez'", "'trainer.nnodes=2'"], "run", "grpo", "trainer.nnodez=2")
         fails(sentence, ["data.train_files has no value"], "run", "grpo", "--preset", "1gpu")
 
-    def test_the_launcher_gets_the_composed_run(self, data, monkeypatch, site) -> None:
+    def test_the_launcher_gets_the_composed_run(self, monkeypatch, site) -> None:
         body = "def start(composed, **options):\n    seen.append((composed, options))\n    return 7\n"
         site.write("launcher.py", f"seen = []\n{body}")
         import launcher
 
         monkeypatch.setattr(cli, "LAUNCH", "launcher:start")
-        monkeypatch.setattr(sys, "argv", ["verl-plugins", "run", "grpo", "--preset", "1gpu", "--out", "there", *data])
+        monkeypatch.setattr(sys, "argv", ["verl-plugins", "run", "grpo", "--preset", "cpu", "--out", "there"])
         with pytest.raises(SystemExit) as done:
             cli.main()
         composed, options = launcher.seen[0]
-        assert (done.value.code, composed.recipe, composed.preset) == (7, "grpo", "1gpu")
+        assert (done.value.code, composed.recipe, composed.preset) == (7, "grpo", "cpu")
+        seen = options.pop("seen")
         assert options == {"out": Path("there"), "verbose": False}
+        assert [line.split(":")[0] for line in seen] == ["reward", "model", "data", "data"]
 
     def test_an_interrupted_run_ends_with_130(self, monkeypatch, site) -> None:
         site.write("launcher.py", "def start(out):\n    raise KeyboardInterrupt\n")

@@ -73,9 +73,28 @@ class TestScores:
 
     def test_refuses_an_assignment_that_is_not_finite(self):
         batch = make(response_lengths=[4, 4, 4])
-        batch.rewards = torch.tensor([0.0, float("nan"), 0.0])
-        with pytest.raises(DataError, match="finite"):
-            batch.scores  # noqa: B018
+        for rewards in (torch.tensor([0.0, float("nan"), 0.0]), torch.full((3, 4), float("inf"))):
+            with pytest.raises(DataError, match="rewards: .* finite"):
+                batch.rewards = rewards
+
+    @pytest.mark.parametrize(
+        ("rewards", "said"),
+        [
+            (torch.zeros(2), r"rewards: shape \(2,\), expected \(3,\) or \(3, 4\)"),
+            (torch.zeros(4, 3), r"rewards: shape \(4, 3\), expected \(3,\) or \(3, 4\)"),
+            (torch.zeros(()), r"rewards: shape \(\), expected"),
+            ([0.0, 0.0, 0.0], "rewards: a list, expected a tensor"),
+            (torch.zeros(3).numpy(), "rewards: a ndarray, expected a tensor"),
+        ],
+    )
+    def test_refuses_rewards_that_are_not_the_rows(self, rewards, said):
+        with pytest.raises(DataError, match=said):
+            make(response_lengths=[4, 4, 4]).rewards = rewards
+
+    @pytest.mark.parametrize("mask", [torch.zeros(2), torch.zeros(3, 4), [True, False, False]])
+    def test_refuses_to_drop_what_are_no_rows(self, mask):
+        with pytest.raises(DataError, match="drop: "):
+            make().drop(mask)
 
     def test_huge_rewards_are_finite(self):
         assert make(rm_scores=torch.full((3, 4), 3e38) / 4).scores.isfinite().all()

@@ -19,6 +19,7 @@ from verl_plugins.bridge import census
 from verl_plugins.bridge.defaults import ActorDefaults
 from verl_plugins.bridge.joined import JoinedMetrics
 from verl_plugins.bridge.loss import LOSS_STAGES, STEP_KEY, PluginLoss
+from verl_plugins.composition.blame import crossing
 
 STAGES = (*LOSS_STAGES, "optimizer_step")
 
@@ -99,7 +100,8 @@ class EngineActor:
 
     def optimizer_step(self) -> float:
         """What the engine calls: the stage, whose last implementation is the engine's own step."""
-        grad_norm = self._loss.plugins.hook.optimizer_step(actor=self)
+        with crossing():
+            grad_norm = self._loss.plugins.hook.optimizer_step(actor=self)
         self._loss.next_mini_batch()
         return grad_norm
 

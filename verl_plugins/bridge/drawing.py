@@ -80,7 +80,7 @@ class DrawsPrompts:
             self.plugins.hook.prepare_prompts(run=self.run, prompts=prompts)
         for prompt in prompts:
             prompt.row["uid"] = self._next_uid(prompt.id)
-        batch = tu.get_tensordict(_collate(prompts, "prepare_prompts"))
+        batch = tu.get_tensordict(_collate(prompts))
         tu.assign_non_tensor_data(batch, "global_steps", self.global_steps)
         return batch
 
@@ -88,12 +88,7 @@ class DrawsPrompts:
         chosen = self.plugins.hook.select_prompts(run=self.run, count=count)
         if chosen is None:
             return self._next_in_order(count)
-        chosen = [int(prompt_id) for prompt_id in chosen]
-        if len(chosen) != count or len(set(chosen)) != count:
-            raise DataError(f"select_prompts returned {len(set(chosen))} distinct prompt ids; {count} are asked")
-        if min(chosen) < 0 or max(chosen) >= len(self.rows):
-            raise DataError(f"select_prompts returned an id outside the {len(self.rows)} rows of the dataset")
-        return chosen
+        return [int(prompt_id) for prompt_id in chosen]
 
     def _next_in_order(self, count: int) -> list[int]:
         """verl's shuffled pass over the dataset, epoch after epoch."""
@@ -132,13 +127,9 @@ class _Prepared:
             prompts = [Prompt(count + place, row) for place, row in enumerate(rows)]
             count += len(prompts)
             self._edit(Prompts(prompts))
-            yield _collate(prompts, "prepare_validation")
+            yield _collate(prompts)
 
 
-def _collate(prompts: Sequence[Prompt], stage: str) -> dict[str, Any]:
+def _collate(prompts: Sequence[Prompt]) -> dict[str, Any]:
     """The prompts' columns as verl's loader gives them."""
-    columns = dict(collate_fn([prompt.row for prompt in prompts]))
-    for name, values in columns.items():
-        if len(values) != len(prompts):
-            raise DataError(f"{stage}: column {name!r} was set on {len(values)} of {len(prompts)} prompts")
-    return columns
+    return dict(collate_fn([prompt.row for prompt in prompts]))

@@ -24,7 +24,6 @@ from verl_plugins.bridge.rows import MAX_TOKENS, ROLLOUT_N
 from verl_plugins.bridge.sending import SendsRows
 from verl_plugins.diagnostics.budget import rollout_budget
 from verl_plugins.diagnostics.health import group_health, policy_health, reward_parts, signal_health
-from verl_plugins.errors import DataError
 from verl_plugins.tokens import row_number
 
 HEALTH_FIELDS = ("responses", "verdict", "rollout_log_probs", "extra_fields", ROLLOUT_N, MAX_TOKENS)
@@ -116,7 +115,7 @@ class EstimatesAdvantage(SendsRows):
             return data.batch["advantages"][rows]
 
         self.defaults.estimator = verls_estimator
-        advantages = self._checked(self.plugins.hook.estimate_advantage(run=self.run, batch=batch), batch)
+        advantages = self.plugins.hook.estimate_advantage(run=self.run, batch=batch)
         whole = torch.zeros_like(data.batch["token_level_rewards"])
         whole[rows] = advantages.to(whole.dtype) * batch.response_mask
         data.batch["advantages"] = whole
@@ -124,18 +123,6 @@ class EstimatesAdvantage(SendsRows):
             data.batch["returns"] = whole
         batch._fields["advantages"] = whole[rows]
         return data
-
-    @staticmethod
-    def _checked(advantages: Tensor, batch: Batch) -> Tensor:
-        if advantages.shape != batch.response_mask.shape:
-            raise DataError(
-                f"estimate_advantage returned shape {tuple(advantages.shape)}; expected [rows, tokens] "
-                f"{tuple(batch.response_mask.shape)}, see batch.to_tokens"
-            )
-        if not bool(torch.isfinite(advantages).all()):
-            row = int((~torch.isfinite(advantages)).any(1).nonzero()[0])
-            raise DataError(f"estimate_advantage returned a value that is not finite for row {batch.keys[row]}")
-        return advantages
 
     def _group_metrics(self, batch: Batch) -> dict[str, float]:
         """What `rollout_group` logged in the workers, averaged over groups."""

@@ -25,10 +25,11 @@ from verl_plugins.bridge.folder import locked, trouble
 from verl_plugins.bridge.intact import latest_step, resumed_from
 from verl_plugins.bridge.report import LOG_FILE, Reporter, Terminal
 from verl_plugins.composition import loggers, manager
+from verl_plugins.composition.blame import sentence
 from verl_plugins.composition.look.folder import keep_config
 from verl_plugins.composition.scratch import scratch
 from verl_plugins.cpu.head import LOOPBACK
-from verl_plugins.errors import CompositionError, PluginError, RunError
+from verl_plugins.errors import CompositionError, RunError
 
 REWARD_MANAGER = {"source": "importlib", "name": "PluginRewardManager"}
 REWARD_MODULE = "pkg://verl_plugins.bridge.reward"
@@ -92,20 +93,20 @@ def _told(terminal: Terminal, out: Path, signals: Signals, run: Callable[[], Non
             terminal.say(f"{error or 'interrupted'}: the run has ended")
             terminal.say(how_to_go_on(out))
             return getattr(error, "code", 130)
-        _tell(terminal, out, trouble(out) or _sentence(error))
+        _tell(terminal, out, trouble(out) or sentence(error))
         return 1
 
 
-def _tell(terminal: Terminal, out: Path, sentence: str) -> None:
-    terminal.say(f"error: {sentence}")
+def _tell(terminal: Terminal, out: Path, text: str) -> None:
+    terminal.say(f"error: {text}")
     if latest_step(out):
         terminal.say(how_to_go_on(out))
     terminal.say(f"the whole story is in {out / LOG_FILE}")
 
 
-def _give_up(terminal: Terminal, out: Path, signals: Signals, sentence: str) -> None:
+def _give_up(terminal: Terminal, out: Path, signals: Signals, text: str) -> None:
     """End from another thread a driver that does not come back from what it waits for."""
-    _tell(terminal, out, sentence)
+    _tell(terminal, out, text)
     with suppress(OSError, ValueError):
         faulthandler.dump_traceback()
     end_now(1, signals.scratch)
@@ -115,14 +116,6 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _sentence(error: BaseException) -> str:
-    """What went wrong, in one line; an error of ours that crossed a process keeps its words."""
-    cause = getattr(error, "cause", None) or error
-    lines = [line.strip() for line in str(cause).strip().splitlines() if line.strip()]
-    text = lines[-1] if lines else ""
-    return text if isinstance(cause, PluginError) else f"training stopped ({type(cause).__name__}: {text})"
 
 
 def finish(config: DictConfig, out: Path) -> DictConfig:

@@ -16,6 +16,7 @@ from verl.workers.utils.padding import no_padding_2_padding
 
 from verl_plugins.bridge.defaults import DEFAULT_LOSS, clip_metrics
 from verl_plugins.bridge.joined import JoinedMetrics
+from verl_plugins.composition.blame import crossing
 from verl_plugins.composition.manager import Plugins
 from verl_plugins.errors import DataError
 from verl_plugins.tokens import Tokens
@@ -52,6 +53,12 @@ class PluginLoss:
     def __call__(
         self, model_output: dict[str, Tensor], data: TensorDict, dp_group: Any = None
     ) -> tuple[Tensor, dict[str, Metric]]:
+        with crossing():
+            return self._loss(model_output, data, dp_group)
+
+    def _loss(
+        self, model_output: dict[str, Tensor], data: TensorDict, dp_group: Any
+    ) -> tuple[Tensor, dict[str, Metric]]:
         self._data, self._tokens, entropy = data, None, model_output.get("entropy")
         self._entropy = None if entropy is None else no_padding_2_padding(entropy, data)
         loss, metrics = ppo_loss(config=self.config, model_output=model_output, data=data, dp_group=dp_group)
@@ -75,7 +82,7 @@ class PluginLoss:
     ):
         """verl's signature of a policy loss: aggregates what the stage returns per token."""
         tokens, self._clipped = self._build_tokens(log_prob, old_log_prob, advantages, response_mask), {}
-        losses = _checked(self.plugins.hook.policy_loss(tokens=tokens), tokens, "policy_loss")
+        losses = self.plugins.hook.policy_loss(tokens=tokens)
         if rollout_is_weights is not None:
             losses = losses * rollout_is_weights
         loss = agg_loss(
@@ -90,7 +97,7 @@ class PluginLoss:
         for terms in self.plugins.hook.loss_terms(tokens=tokens):
             for name, term in (terms or {}).items():
                 value = agg_loss(
-                    loss_mat=_checked(term, tokens, f"loss_terms {name!r}"),
+                    loss_mat=term,
                     loss_mask=tokens.response_mask,
                     loss_agg_mode=self.config.loss_agg_mode,
                     **self.config.global_batch_info,
@@ -146,12 +153,3 @@ class PluginLoss:
             return
         for key, value in metrics.items():
             self._metrics.add(f"plugins/{owner}/{key}", value, reduce)
-
-
-def _checked(values: Tensor, tokens: Tokens, stage: str) -> Tensor:
-    if values.shape != tokens.log_probs.shape:
-        raise DataError(
-            f"{stage} returned shape {tuple(values.shape)}; expected one value per token, "
-            f"{tuple(tokens.log_probs.shape)}"
-        )
-    return values

@@ -9,6 +9,7 @@ from verl import DataProto
 from verl.experimental.reward_loop.reward_manager.naive import NaiveRewardManager
 
 from verl_plugins.bridge import census
+from verl_plugins.composition.blame import crossing
 from verl_plugins.services import Answer, Verdict
 
 
@@ -31,7 +32,8 @@ class PluginRewardManager(NaiveRewardManager):
         return {"reward_score": float(verdict.score), "reward_extra_info": info}
 
     def _score(self, answer: Answer) -> Verdict | None:
-        return self.plugins.hook.score_answer(answer=answer)
+        with crossing():
+            return self.plugins.hook.score_answer(answer=answer)
 
     def _answer(self, item: Any) -> Answer:
         response = item.batch["responses"]

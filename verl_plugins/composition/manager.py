@@ -9,12 +9,11 @@ section is the outermost.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -22,7 +21,8 @@ import pluggy
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from verl_plugins import hookspecs
-from verl_plugins.composition import manifest
+from verl_plugins.composition import manifest, outcome
+from verl_plugins.composition.blame import blame
 from verl_plugins.composition.manifest import Manifest
 from verl_plugins.composition.settings import typed
 from verl_plugins.errors import CompositionError, nearest
@@ -33,6 +33,9 @@ SCOPED = ("run", "tokens", "actor")
 """Arguments of a stage that each plugin receives as its own view, where they have one (`.scoped(plugin name)`)."""
 
 
+Check = Callable[..., None]
+"""Called with stage, what an implementation or wrapper gave, all arguments of the stage, and `wraps`."""
+
 TRACE_VARIABLE = "VERL_PLUGINS_TRACE"
 """Set to 1, each call of a stage is printed: the plugins called, in order, and what came back."""
 
@@ -42,7 +45,7 @@ def build(section: Mapping[str, Any]) -> Plugins:
     installed = manifest.entries()
     found = {name: manifest.find(name, installed) for name in section}
     plugins = [instance(found[name], settings) for name, settings in section.items()]
-    return Plugins(plugins, {name: item.owner for name, item in found.items()})
+    return Plugins(plugins, {name: item.owner for name, item in found.items()}, outcome.check)
 
 
 def instance(plugin: Manifest, settings: Mapping[str, Any] | None) -> Plugin:
@@ -90,15 +93,24 @@ def load(plugin: Manifest) -> type[Plugin]:
 class Plugins:
     """Configured plugins, registered and ready to be called: `plugins.hook.<stage>(…)`."""
 
-    def __init__(self, plugins: Sequence[Plugin], owners: Mapping[str, str] | None = None) -> None:
-        """`owners` says which distribution and version brings each plugin, for messages."""
+    def __init__(
+        self, plugins: Sequence[Plugin], owners: Mapping[str, str] | None = None, check: Check | None = None
+    ) -> None:
+        """Register the plugins.
+
+        Args:
+            plugins: in the order of the section.
+            owners: which distribution and version brings each plugin, for messages.
+            check: looks at what each implementation gives (`verl_plugins.composition.outcome.check`).
+        """
+        self._check = check
         self.order = tuple(plugins)
         """In the order of the section."""
         self.owners = {plugin.name: (owners or {}).get(plugin.name, "") for plugin in plugins}
         self._manager = pluggy.PluginManager(PROJECT)
         self._manager.add_hookspecs(hookspecs)
         for plugin in reversed(self.order):  # pluggy calls the last registered first
-            self._register(plugin, plugin.name)
+            self._register(plugin, plugin.name, f"plugin {plugin.name!r}")
         for stage in FIRST_RESULT:
             self._refuse_conflict(stage)
         if os.environ.get(TRACE_VARIABLE, "") not in ("", "0"):
@@ -125,12 +137,12 @@ class Plugins:
 
     def add_fallback(self, plugin: object, name: str = "verl") -> None:
         """Register what acts where no plugin does: an object whose implementations are marked `trylast`."""
-        self._register(plugin, name)
+        self._register(plugin, name, f"{name} itself")
 
     def _implementations(self, stage: str) -> list[pluggy.HookImpl]:
         return getattr(self._manager.hook, stage).get_hookimpls()[::-1]
 
-    def _register(self, plugin: object, name: str) -> None:
+    def _register(self, plugin: object, name: str, blamed: str) -> None:
         who = f"plugin {name!r}" + (f" of {self.owners[name]}" if self.owners.get(name) else "")
         for method, options in self._hooks(plugin):
             _check_hook(method, options, who)
@@ -142,7 +154,8 @@ class Plugins:
         for caller in self._manager.get_hookcallers(plugin) or []:
             for impl in caller.get_hookimpls():
                 if impl.plugin is plugin:
-                    impl.function = _scoped(impl, name, caller.name)
+                    impl.function = _scoped(impl, name, caller.name, blamed, self._check)
+                    impl.argnames = _arguments(caller.name)
 
     def _hooks(self, plugin: object) -> Iterator[tuple[Callable[..., Any], Mapping[str, Any]]]:
         for attribute in dir(plugin):
@@ -187,28 +200,48 @@ def _check_hook(method: Callable[..., Any], options: Mapping[str, Any], who: str
         raise CompositionError(f"{who}: {stage} must be {word}")
 
 
-def _scoped(impl: pluggy.HookImpl, owner: str, stage: str) -> Callable[..., Any]:
-    """The implementation, called with its plugin's view of the services; errors say whose they are."""
-    function = impl.function
-    scoped = [name in SCOPED for name in impl.argnames]
+def _arguments(stage: str) -> tuple[str, ...]:
+    return tuple(inspect.signature(getattr(hookspecs, stage)).parameters)
 
-    def views(args: Sequence[Any]) -> list[Any]:
-        pairs = zip(args, scoped, strict=True)
-        return [arg.scoped(owner) if scope and hasattr(arg, "scoped") else arg for arg, scope in pairs]
+
+def _scoped(impl: pluggy.HookImpl, owner: str, stage: str, blamed: str, check: Check | None) -> Callable[..., Any]:
+    """The implementation, given all arguments of the stage: called with those it asks for, as its plugin sees them.
+
+    Errors say whose they are, and what it gives is checked.
+    """
+    function, wanted, names = impl.function, impl.argnames, _arguments(stage)
+    wraps = bool(impl.wrapper or impl.hookwrapper)
+
+    def views(arguments: Mapping[str, Any]) -> list[Any]:
+        given = [(name, arguments[name]) for name in wanted]
+        return [arg.scoped(owner) if name in SCOPED and hasattr(arg, "scoped") else arg for name, arg in given]
+
+    def checked(result: Any, arguments: Mapping[str, Any]) -> Any:
+        if check is not None:
+            check(stage, result, arguments, wraps=wraps)
+        return result
+
+    async def awaited(result: Awaitable[Any], arguments: Mapping[str, Any]) -> Any:
+        with blame(blamed, stage, function):
+            return checked(await result, arguments)
 
     def wrapper(*args: Any) -> Iterator[Any]:
-        with _blame(owner, stage):
-            return (yield from function(*views(args)))
+        arguments = dict(zip(names, args, strict=True))
+        with blame(blamed, stage, function):
+            result = yield from function(*views(arguments))
+            return awaited(result, arguments) if inspect.isawaitable(result) else checked(result, arguments)
 
     async def coroutine(*args: Any) -> Any:
-        with _blame(owner, stage):
-            return await function(*views(args))
+        arguments = dict(zip(names, args, strict=True))
+        with blame(blamed, stage, function):
+            return checked(await function(*views(arguments)), arguments)
 
     def plain(*args: Any) -> Any:
-        with _blame(owner, stage):
-            return function(*views(args))
+        arguments = dict(zip(names, args, strict=True))
+        with blame(blamed, stage, function):
+            return checked(function(*views(arguments)), arguments)
 
-    if impl.wrapper or impl.hookwrapper:
+    if wraps:
         return wrapper
     return coroutine if inspect.iscoroutinefunction(function) else plain
 
@@ -227,15 +260,3 @@ def _note_result(outcome: pluggy.Result, stage: str, impls: Sequence[pluggy.Hook
         shape = getattr(value, "shape", None)
         result = type(value).__name__ if shape is None else f"{type(value).__name__} {list(shape)}"
     print(f"trace: process {os.getpid()}: {stage} gave {result}", flush=True)
-
-
-@contextlib.contextmanager
-def _blame(owner: str, stage: str) -> Iterator[None]:
-    """Note the plugin and the stage on an exception that escapes, once: wrappers around it are not to blame."""
-    try:
-        yield
-    except Exception as error:
-        notes = getattr(error, "__notes__", [])
-        if not any(note.startswith("raised by plugin ") for note in notes):
-            error.__notes__ = [*notes, f"raised by plugin {owner!r} in {stage}"]
-        raise

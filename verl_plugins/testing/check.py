@@ -42,7 +42,7 @@ from verl_plugins.bridge import checkpoint
 from verl_plugins.composition import manager, manifest
 from verl_plugins.composition.needs import NEEDS
 from verl_plugins.composition.settings import typed
-from verl_plugins.errors import CompositionError, PluginError, nearest
+from verl_plugins.errors import CompositionError, PluginError, ResultError, nearest
 from verl_plugins.hookspecs import PROJECT, STAGES
 from verl_plugins.plugin import Plugin
 from verl_plugins.testing import golden as recorded
@@ -99,7 +99,7 @@ def check_plugin(
         golden: a file of recorded cases (`verl_plugins.testing.golden`), replayed with `replay`.
 
     Raises:
-        PluginCheckError: all laws that do not hold.
+        PluginCheckError: all laws that do not hold; its cause is the first error that the plugin raised.
         ValueError: `golden` without `replay`, or the other way round.
     """
     if (golden is None) != (replay is None):
@@ -117,7 +117,8 @@ def check_plugin(
         if golden is not None:
             check.replay(Path(golden), replay)
     if faults := [*check.open(), *check.about_exceptions()]:
-        raise PluginCheckError(plugin if isinstance(plugin, str) else getattr(plugin, "name", plugin.__name__), faults)
+        name = plugin if isinstance(plugin, str) else getattr(plugin, "name", plugin.__name__)
+        raise PluginCheckError(name, faults) from next((fault.error for fault in faults if fault.error), None)
 
 
 class _Check:
@@ -133,8 +134,8 @@ class _Check:
         """Faults that are not excused."""
         return [fault for name, fault in self._faults.items() if name not in self._except_for]
 
-    def _add(self, law: str, text: str, stage: str = "") -> None:
-        fault = Fault(law, stage, text)
+    def _add(self, law: str, text: str, stage: str = "", error: BaseException | None = None) -> None:
+        fault = Fault(law, stage, text, error)
         self._faults.setdefault(fault.name, fault)
 
     def about_exceptions(self) -> Iterator[Fault]:
@@ -187,7 +188,7 @@ class _Check:
         try:
             instance = cls(typed(cls.Config, given, f"plugins.{name}"))
         except Exception as error:
-            return self._add("config", f"the plugin cannot be made with it: {_one_line(error)}")
+            return self._add("config", f"the plugin cannot be made with it: {_one_line(error)}", error=error)
         try:
             manager.check_versions(described)
             manager.Plugins([instance])
@@ -211,7 +212,7 @@ class _Check:
         except PluginError as error:
             return self._add("check", f"refuses the scenario; change it with scenario=Scenario(overrides=…): {error}")
         except Exception as error:
-            return self._add("check", f"raises {_one_line(error)}")
+            return self._add("check", f"raises {_one_line(error)}", error=error)
         with global_seed(1):
             base = Episode(make, scenario, config, watch=True)
             try:
@@ -219,10 +220,12 @@ class _Check:
                 saved = self._save(base, folder)
                 base.play(AFTER, end=True)
             except StageFailed as failure:
-                self._add("runs", str(failure), failure.stage)
+                self._add(failure.law, str(failure), failure.stage, failure.error)
+            except Exception as error:
+                self._add("runs", f"ends with {_one_line(error)}, after what the plugin left behind", error=error)
             for fault in base.recorder.faults:
                 self._add(fault.law, fault.text, fault.stage)
-            if any(fault.law == "runs" for fault in self._faults.values()):
+            if any(fault.error is not None or fault.law == "runs" for fault in self._faults.values()):
                 return None
             self._vary(make, scenario, config, base)
             if any(fault.law == "repeat" for fault in self.open()):
@@ -245,7 +248,7 @@ class _Check:
                 with global_seed(2):
                     varied.play(BEFORE).play(AFTER, end=True)
             except StageFailed as failure:
-                self._add(law, f"{failure}, {words}", failure.stage)
+                self._add(law, f"{failure}, {words}", failure.stage, failure.error)
                 continue
             self._new_faults(law, varied, base, f", {words}")
             found = differences(base.recorder, varied.recorder, exact=law in EXACT, stages=stages)
@@ -264,8 +267,8 @@ class _Check:
         try:
             episode.play(BEFORE)
         except StageFailed as failure:
-            if not isinstance(failure.error, PluginError):
-                self._add("lonely_group", f"{failure}{words}", failure.stage)
+            if not isinstance(failure.error, PluginError) or isinstance(failure.error, ResultError):
+                self._add("lonely_group", f"{failure}{words}", failure.stage, failure.error)
         if not any(fault.stage == "estimate_advantage" for fault in self.open()):
             self._new_faults("lonely_group", episode, base, words)
 
@@ -278,7 +281,7 @@ class _Check:
             checkpoint.save(folder, BEFORE[-1], "", saved.values(), states)
             found = checkpoint.load(folder, BEFORE[-1], "", saved.values())
         except Exception as error:
-            return self._add("state", f"cannot be saved: {_one_line(error)}")
+            return self._add("state", f"cannot be saved: {_one_line(error)}", error=error)
         return _Saved(found, {process: state[name] for process, state in states.items()}, episode.weights())
 
     def _resume(self, episode: Episode, saved: _Saved, base: Episode) -> None:
@@ -293,11 +296,11 @@ class _Check:
                     if not same(value, saved.states[process].get(key)):
                         return self._add("state", f"{key!r} of the {process} is not restored by load_state_dict")
         except Exception as error:
-            return self._add("state", f"cannot be loaded: {_one_line(error)}")
+            return self._add("state", f"cannot be loaded: {_one_line(error)}", error=error)
         try:
             episode.play(AFTER, end=True)
         except StageFailed as failure:
-            return self._add("state", f"{failure}, {words}", failure.stage)
+            return self._add("state", f"{failure}, {words}", failure.stage, failure.error)
         for stage, text in differences(base.recorder, episode.recorder, exact=True, since=AFTER[0]).items():
             self._add("state", f"{text}, {words}", stage)
         return None

@@ -14,6 +14,7 @@ from torch import Tensor
 from verl_plugins.advantage.grpo import grpo_advantage
 from verl_plugins.batch import Batch
 from verl_plugins.bridge.defaults import DriverDefaults, WorkerDefaults
+from verl_plugins.composition import outcome
 from verl_plugins.composition.manager import Plugins
 from verl_plugins.fields import TensorSource
 from verl_plugins.hookspecs import STAGES
@@ -85,7 +86,11 @@ class Episode:
         self._scenario, self._config, self._follow = scenario, config, follow
         self._change = change or Change()
         self._world = World(scenario)
-        self._calls = {process: Plugins([plugin]) for process, plugin in self.plugins.items() if process != "actor"}
+        self._calls = {
+            process: Plugins([plugin], check=outcome.check)
+            for process, plugin in self.plugins.items()
+            if process != "actor"
+        }
         self._own = {stage for stage in STAGES if self._calls["driver"].implements(stage)}
         self._defaults = DriverDefaults()
         self._calls["driver"].add_fallback(self._defaults)
@@ -201,16 +206,13 @@ class Episode:
             ids = self._world.default_choice(run.step, count)
         else:
             ids = [int(prompt_id) for prompt_id in ids]
-            self._check_ids(ids, count, run)
+            if flying := set(ids) & set(run.flying):
+                self.recorder.fault("result", "select_prompts", f"gives {min(flying)}, which run.in_flight() names")
             self.recorder.note(run.step, "select_prompts", "the choice", ids)
         ids = self._continue_with(run.step, "select_prompts", ids)
         prompts = Prompts([Prompt(prompt_id, self._world.dataset[prompt_id]) for prompt_id in ids])
         if "prepare_prompts" in self._own:
             self._driver("prepare_prompts", run, prompts=prompts)
-            for name in sorted({name for prompt in prompts for name in prompt.row}):
-                having = sum(name in prompt.row for prompt in prompts)
-                if having < count:
-                    raise StageFailed("prepare_prompts", f"sets column {name!r} on {having} of {count} prompts")
             for place, prompt in enumerate(prompts):
                 self.recorder.note(
                     run.step,
@@ -219,15 +221,6 @@ class Episode:
                     copy.deepcopy(prompt.row),
                 )
         return list(prompts)
-
-    def _check_ids(self, ids: list[int], count: int, run: FakeRun) -> None:
-        size = len(self._world.dataset)
-        if len(ids) != count or len(set(ids)) != count:
-            raise StageFailed("select_prompts", f"gives {len(set(ids))} distinct prompt ids, {count} are asked")
-        if not 0 <= min(ids) <= max(ids) < size:
-            raise StageFailed("select_prompts", f"gives ids {min(ids)} to {max(ids)}, the dataset has {size} rows")
-        if flying := set(ids) & set(run.flying):
-            self.recorder.fault("result", "select_prompts", f"gives {min(flying)}, which run.in_flight() names")
 
     def _group(self, run: FakeRun, prompt: Prompt, place: int) -> list[Rollout]:
         """The rollouts of one prompt."""
@@ -252,8 +245,6 @@ class Episode:
         self.recorder.note_metrics(run.step, "rollout_group", own.metrics, f"prompt {prompt.id}")
         if rollouts is None:
             return self._answers(run, prompt, place, range(prompt.group_size or self._scenario.group_size))
-        if not isinstance(rollouts, Sequence) or not all(isinstance(rollout, Rollout) for rollout in rollouts):
-            raise StageFailed("rollout_group", "gives something else than rollouts that sample() returned")
         if not rollouts:
             raise StageFailed("rollout_group", "gives no rollouts")
         texts = [rollout.text for rollout in rollouts]
@@ -279,10 +270,6 @@ class Episode:
         verdict = self._watched("reward", "score_answer", answer=answer)
         if verdict is None:
             return None
-        if not isinstance(verdict, Verdict):
-            raise StageFailed("score_answer", f"gives a {type(verdict).__name__}, expected a Verdict or None")
-        if not np.isfinite(float(verdict.score)):
-            raise StageFailed("score_answer", f"gives the score {verdict.score}, expected a finite number")
         told = [float(verdict.score), bool(verdict.correct), dict(verdict.parts)]
         self.recorder.note(0, "score_answer", f"the verdict on {answer.text!r}", told)
         return verdict
@@ -324,7 +311,6 @@ class Episode:
         advantages = plain
         if "estimate_advantage" in self._own:
             advantages = self._driver("estimate_advantage", run, batch=batch)
-            self.recorder.require_tokens("estimate_advantage", advantages, batch.response_mask, "an advantage")
             if advantages.masked_fill(batch.response_mask, 0).any():
                 self.recorder.fault(
                     "result", "estimate_advantage", "gives an advantage that is not 0 outside the response mask"

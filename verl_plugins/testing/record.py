@@ -7,7 +7,7 @@ import copy
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from verl_plugins.batch import Batch
+from verl_plugins.composition.blame import whose
 from verl_plugins.composition.manager import Plugins
+from verl_plugins.errors import ResultError
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Fault:
     stage: str
     """Empty where the law is about the plugin as a whole."""
     text: str
+    error: BaseException | None = field(default=None, compare=False)
+    """What was raised, if that is what is wrong."""
 
     @property
     def name(self) -> str:
@@ -34,11 +38,12 @@ class Fault:
 
 
 class StageFailed(Exception):
-    """A stage raised, or gave what training cannot go on with."""
+    """A stage raised, or gave what training cannot go on with (the law is then `result`)."""
 
     def __init__(self, stage: str, text: str, error: Exception | None = None) -> None:
         super().__init__(text)
         self.stage, self.error = stage, error
+        self.law = "result" if isinstance(error, ResultError) else "runs"
 
 
 class Recorder:
@@ -66,8 +71,9 @@ class Recorder:
         except StageFailed:
             raise
         except Exception as error:
-            text = f"raises {type(error).__name__}: {' '.join(str(error).split())}"
-            raise StageFailed(stage, text, error) from error
+            place = (whose(error) or "").rpartition(", ")[2]
+            text = str(error) if isinstance(error, ResultError) else f"raises {type(error).__name__}: {error}"
+            raise StageFailed(stage, " ".join(f"{text} ({place})".split()), error) from error
         now = generator_states() if self._watch else {}
         for name, state in generators.items():
             if state != now[name]:
@@ -100,19 +106,6 @@ class Recorder:
             if not sound:
                 self.fault("metrics", stage, f"logs {key!r} as {value!r}; a metric is a finite number")
         self.metrics[step, stage, f"metrics of {what}:" if what else "metric"] = dict(metrics)
-
-    def require_tokens(self, stage: str, values: Any, mask: Tensor, what: str) -> None:
-        """`values` must be [rows, tokens], floating and finite."""
-        if not isinstance(values, Tensor):
-            raise StageFailed(stage, f"gives {what} as a {type(values).__name__}, expected a tensor [rows, tokens]")
-        if values.shape != mask.shape:
-            shapes = f"{tuple(values.shape)}, expected [rows, tokens] {tuple(mask.shape)}"
-            raise StageFailed(stage, f"gives {what} of shape {shapes}")
-        if not values.is_floating_point():
-            self.fault("result", stage, f"gives {what} as {values.dtype}, expected floating numbers")
-        elif not torch.isfinite(values).all():
-            where = "" if mask.any() else " in a micro-batch of padding rows only"
-            self.fault("result", stage, f"gives {what} that is not finite{where}")
 
 
 def differences(

@@ -129,7 +129,8 @@ class TestScope:
         plugins = Plugins([plugin("inner", policy_loss=policy_loss), plugin("outer", policy_loss=wrapper)])
         with pytest.raises(ValueError, match="bad") as error:
             plugins.hook.policy_loss(tokens=View())
-        assert error.value.__notes__ == ["raised by plugin 'inner' in policy_loss"]
+        line = policy_loss.__code__.co_firstlineno + 2
+        assert error.value.__notes__ == [f"raised by plugin 'inner' in policy_loss, {__file__}:{line}"]
 
     def test_a_service_without_views_is_passed_as_it_is(self) -> None:
         @hookimpl

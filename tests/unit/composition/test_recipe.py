@@ -353,11 +353,5 @@ class TestCheck:
         mode = "actor_rollout_ref.actor.policy_loss.loss_mode"
         refused(sentence, [mode, "'gspo'", "'clip_cov'"], "clip_cov", f"{mode}=gspo", preset="ours", check=True)
 
-    def test_data_must_exist(self, sentence, tmp_path) -> None:
-        there, missing = tmp_path / "a.parquet", tmp_path / "b.parquet"
-        there.touch()
-        files = [f"data.train_files=[{there},{missing}]", f"data.val_files={there}"]
-        refused(sentence, ["data.train_files", str(missing)], "grpo", *files, preset="1gpu", check=True)
-
     def test_what_the_preset_leaves_to_the_user(self, sentence) -> None:
         refused(sentence, ["data.train_files has no value", "data.train_files=…"], "grpo", preset="1gpu", check=True)

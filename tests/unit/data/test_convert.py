@@ -20,11 +20,10 @@ from rich.console import Console
 
 from verl_plugins.batch import Batch
 from verl_plugins.composition.override import parse
-from verl_plugins.cpu.preset import check_prompts
 from verl_plugins.data import rows as rows_module
 from verl_plugins.data.convert import Options, convert
 from verl_plugins.data.report import Report, print_report
-from verl_plugins.errors import CompositionError, DataError
+from verl_plugins.errors import DataError
 from verl_plugins.reward.final_answer import last_boxed
 from verl_plugins.reward.math_verify import MathVerify
 from verl_plugins.services import Answer, Prompt
@@ -277,6 +276,29 @@ class TestUnanswered:
         )
         refuses(lines(*rows), "no row", *reasons, skip_unanswered=True)
 
+    @pytest.mark.parametrize("word", ["N/A", "none", "Unknown", r"\\text{N/A}", "---", "?", "TBD", "[]"])
+    def test_words_that_stand_for_no_answer_are_none(self, lines: Any, refuses: Any, word: str) -> None:
+        refuses(lines(*plain(1), {"question": "b?", "answer": word}), "row 2", "stands for no answer", "--unlabelled")
+
+    @pytest.mark.parametrize("answer", ["no solution", "0", "Na", "undefined"])
+    def test_words_that_answer_are_kept(self, lines: Any, out: Path, answer: str) -> None:
+        convert(lines({"question": "b?", "answer": answer}), out)
+        assert truths(out) == [answer]
+
+    def test_questions_without_answer_are_kept_on_demand(self, lines: Any, out: Path) -> None:
+        rows = [*plain(1), {"question": "b?", "answer": None}, {"question": "c?", "answer": "N/A"}, {"question": "d?"}]
+        report = convert(lines(*rows), out, Options(unlabelled=True))
+        assert truths(out) == ["1", "", "", ""]
+        assert (report.unlabelled, report.unanswered) == (3, [])
+
+    def test_a_file_of_nothing_but_questions(self, lines: Any, out: Path, refuses: Any) -> None:
+        rows = lines({"question": "a?"}, {"question": "b?"})
+        refuses(rows, "--answer", "--unlabelled")
+        assert convert(rows, out, Options(unlabelled=True)).train == 2
+
+    def test_a_row_without_a_question_is_refused_even_so(self, lines: Any, refuses: Any) -> None:
+        refuses(lines(*plain(1), {"question": "", "answer": "1"}), "row 2", "is empty", unlabelled=True)
+
     def test_row_numbers_are_lines_of_the_file(self, lines: Any, refuses: Any) -> None:
         refuses(lines(plain(1)[0], "", {"question": "b?", "answer": ""}), "row 3 (column answer is empty)")
 
@@ -488,28 +510,6 @@ class TestReadByMethods:
     def test_prompt(self) -> None:
         assert Prompt(4, {"extra_info": {"solution": "Count."}}).solution == "Count."
         assert [Prompt(4, row).solution for row in ({}, {"extra_info": None}, {"extra_info": {}})] == [None] * 3
-
-
-class TestCpuPreset:
-    """Its model reads one token a byte: what does not fit is known before anything starts."""
-
-    def check(self, out: Path, **data: Any) -> None:
-        settings = {"prompt_key": "prompt", "max_prompt_length": 32, **data}
-        check_prompts("data.train_files", [str(out)], OmegaConf.create(settings))
-
-    def test_a_prompt_that_verl_would_cut_is_refused(self, lines: Any, out: Path, sentence: Any) -> None:
-        convert(lines(*plain(2), {"question": "ü" * 17, "answer": "1"}, *plain(1)), out, Options(system="!"))
-        self.check(out, max_prompt_length=35)
-        with pytest.raises(CompositionError) as caught:
-            self.check(out, max_prompt_length=34)
-        sentence(caught.value, "data.train_files: row 3", "35 tokens", "data.max_prompt_length=35")
-
-    def test_a_file_that_is_not_in_verls_schema_is_refused(self, out: Path, sentence: Any) -> None:
-        for rows in (plain(2), [{"prompt": "1+1="}]):
-            pyarrow.parquet.write_table(pa.Table.from_pylist(rows), out)
-            with pytest.raises(CompositionError) as caught:
-                self.check(out)
-            sentence(caught.value, "no column 'prompt'", "verl-plugins data convert")
 
 
 class TestTooFewRows:

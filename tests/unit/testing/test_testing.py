@@ -9,6 +9,7 @@ import json
 import random
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -373,33 +374,49 @@ UNSOUND: list[tuple[str, str, dict[str, Any]]] = [
     ),
     ("runs.estimate_advantage", "read-only", {"estimate_advantage": reading_config}),
     (
-        "runs.estimate_advantage",
-        "of shape (23,), expected [rows, tokens]",
+        "result.estimate_advantage",
+        "returned shape (23,), expected [rows, tokens]",
         {"estimate_advantage": lambda self, batch: batch.scores},
     ),
-    ("runs.estimate_advantage", "as a list", {"estimate_advantage": lambda self, batch: [1.0]}),
-    ("runs.policy_loss", "the loss of shape ()", {"policy_loss": lambda self, tokens: surrogate(tokens).sum()}),
-    ("runs.loss_terms", "the term 'a' of shape ()", {"loss_terms": lambda self, tokens: {"a": tokens.log_probs.sum()}}),
     (
-        "runs.loss_terms",
-        "gives a Tensor, expected terms by name",
+        "result.estimate_advantage",
+        "returned a list, expected a tensor",
+        {"estimate_advantage": lambda self, batch: [1.0]},
+    ),
+    (
+        "result.policy_loss",
+        "policy_loss returned shape ()",
+        {"policy_loss": lambda self, tokens: surrogate(tokens).sum()},
+    ),
+    (
+        "result.loss_terms",
+        "loss_terms 'a' returned shape ()",
+        {"loss_terms": lambda self, tokens: {"a": tokens.log_probs.sum()}},
+    ),
+    (
+        "result.loss_terms",
+        "returned a Tensor, expected a dict of terms by name",
         {"loss_terms": lambda self, tokens: tokens.log_probs},
     ),
     (
-        "runs.select_prompts",
-        "gives 1 distinct prompt ids, 6 are asked",
+        "result.select_prompts",
+        "returned 1 distinct prompt ids; 6 are asked",
         {"select_prompts": lambda self, count: [3] * count},
     ),
-    ("runs.select_prompts", "the dataset has 48 rows", {"select_prompts": lambda self, count: range(43, 43 + count)}),
-    ("runs.prepare_prompts", "'hint' on 2 of 6 prompts", {"prepare_prompts": half_the_prompts}),
+    (
+        "result.select_prompts",
+        "outside the 48 rows of the dataset",
+        {"select_prompts": lambda self, count: range(43, 43 + count)},
+    ),
+    ("result.prepare_prompts", "'hint' was set on 2 of 6 prompts", {"prepare_prompts": half_the_prompts}),
     ("runs.rollout_group", "gives no rollouts", {"rollout_group": nothing}),
-    ("runs.score_answer", "gives a bool, expected a Verdict", {"score_answer": lambda self, answer: True}),
-    ("runs.score_answer", "the score nan", {"score_answer": lambda self, answer: Verdict(float("nan"), False)}),
-    ("runs.optimizer_step", "gives 'x', expected the norm", {"optimizer_step": lambda self, actor: "x"}),
+    ("result.score_answer", "returned a bool, expected a Verdict", {"score_answer": lambda self, answer: True}),
+    ("result.score_answer", "the score nan", {"score_answer": lambda self, answer: Verdict(float("nan"), False)}),
+    ("result.optimizer_step", "returned a str, expected the norm", {"optimizer_step": lambda self, actor: "x"}),
     # results
     (
         "result.estimate_advantage",
-        "an advantage that is not finite",
+        "estimate_advantage returned nan at token",
         {"estimate_advantage": lambda self, batch: centred(batch) / 0 * 0},
     ),
     (
@@ -407,7 +424,11 @@ UNSOUND: list[tuple[str, str, dict[str, Any]]] = [
         "not 0 outside the response mask",
         {"estimate_advantage": lambda self, batch: centred(batch) + 1},
     ),
-    ("result.estimate_advantage", "as torch.int64", {"estimate_advantage": lambda self, batch: centred(batch).long()}),
+    (
+        "result.estimate_advantage",
+        "returned torch.int64",
+        {"estimate_advantage": lambda self, batch: centred(batch).long()},
+    ),
     (
         "result.select_prompts",
         "gives 46, which run.in_flight() names",
@@ -415,7 +436,7 @@ UNSOUND: list[tuple[str, str, dict[str, Any]]] = [
     ),
     (
         "result.policy_loss",
-        "the loss that is not finite",
+        "policy_loss returned inf at token",
         {"policy_loss": lambda self, tokens: surrogate(tokens) + tokens.old_log_probs.abs().pow(-1)},
     ),
     (
@@ -502,7 +523,7 @@ UNSOUND: list[tuple[str, str, dict[str, Any]]] = [
     ),
     (
         "padding.policy_loss",
-        "the loss that is not finite in a micro-batch of padding rows only",
+        "which holds padding rows only",
         {
             "policy_loss": lambda self, tokens: (
                 surrogate(tokens) / tokens.response_mask.sum() ** 0.0 + 0 / tokens.response_mask.any().float()
@@ -516,7 +537,7 @@ UNSOUND: list[tuple[str, str, dict[str, Any]]] = [
     ),
     (
         "lonely_group.estimate_advantage",
-        "not finite, when all but one response of a group have failed",
+        ", when all but one response of a group have failed",
         {"estimate_advantage": unbiased},
     ),
     # state
@@ -578,6 +599,19 @@ def test_what_a_rank_keeps_between_micro_batches_is_found_out() -> None:
 
 def test_metrics_may_be_logged_by_one_rank_only() -> None:
     check_plugin(broken(policy_loss=in_the_second))
+
+
+def test_the_traceback_of_what_the_plugin_raised_is_the_cause() -> None:
+    def shape_rewards(self, batch):
+        batch.rewards = batch.scores / 0
+
+    with pytest.raises(
+        PluginCheckError, match=r"runs.shape_rewards: raises DataError: rewards: .*test_testing.py:\d+"
+    ) as error:
+        check_plugin(broken(shape_rewards=shape_rewards))
+    assert isinstance(error.value.__cause__, DataError)
+    frames = traceback.extract_tb(error.value.__cause__.__traceback__)
+    assert shape_rewards.__code__.co_firstlineno + 1 in [frame.lineno for frame in frames if frame.filename == __file__]
 
 
 def test_all_broken_laws_are_listed() -> None:
