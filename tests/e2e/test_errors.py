@@ -28,7 +28,8 @@ class TestErrors:
         done = train("broken", tmp_path / "run", *SHORT, steps, site=third_party, check=False)
         assert done.returncode == 1
         lines = done.output.splitlines()
-        assert lines[-2] == "error: step 1: the 128 rewards are not what the broken plugin can use"
+        said = "error: step 1: the 128 rewards are not what the broken plugin can use"
+        assert lines[-2] == f"{said} (plugin 'broken' in estimate_advantage, {third_party / 'broken.py'}:10)"
         assert lines[-1].endswith("verl.log")
         assert "Traceback" not in done.output
         assert len(lines) == 3
