@@ -47,7 +47,7 @@ class DrawsPrompts:
     @contextmanager
     def _without_validation(self) -> Iterator[None]:
         """Inside, verl makes a dataset of validation prompts that is never read where there are no files for one."""
-        if self.config.data.val_files:
+        if self.config.data.get("val_files"):
             yield
             return
         original = trainer_base.create_rl_dataset
