@@ -11,11 +11,15 @@ pytest.register_assert_rewrite("training", "resuming", "running")
 
 HERE = Path(__file__).parent
 METADATA = "Metadata-Version: 2.1\nName: every-stage\nVersion: 1.0\n"
-ENTRIES = "[verl_plugins]\nevery_stage = every_stage:EveryStage\nbroken = broken:Broken\nin_turn = in_turn:InTurn\n"
+ENTRIES = (
+    "[verl_plugins]\nevery_stage = every_stage:EveryStage\nbroken = broken:Broken\nfailing = "
+    "broken:Failing\nin_turn = in_turn:InTurn\n"
+)
 ENTRIES += "recipes = es_recipes:RECIPES\n"
 RECIPES = {
     "every_stage": "plugins: {every_stage: {}}\nalgorithm: {adv_estimator: grpo}\n",
     "in_turn": "plugins: {grpo: {}, in_turn: {}}\nalgorithm: {adv_estimator: grpo}\n",
+    "failing": "plugins: {failing: {}, grpo: {}}\nalgorithm: {adv_estimator: grpo}\n",
     "broken": "plugins: {broken: {}}\nalgorithm: {adv_estimator: grpo}\n",
 }
 BROKEN = '''
@@ -28,6 +32,15 @@ class Broken(Plugin):
     @hookimpl
     def estimate_advantage(self, run, batch):
         raise DataError(f"step {run.step}: the {len(batch)} rewards are not what the broken plugin can use")
+
+class Failing(Plugin):
+    name = "failing"
+
+    @hookimpl
+    async def rollout_group(self, run, prompt, sample):
+        if run.step == 1 and prompt.id % 2:
+            return None
+        raise KeyError(f"level of prompt {prompt.id % 1}")
 '''
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,19 @@ class TestErrors:
         assert lines[-2] == f"{said} (plugin 'broken' in estimate_advantage, {third_party / 'broken.py'}:10)"
         assert lines[-1].endswith("verl.log")
         assert "Traceback" not in done.output
-        assert len(lines) == 3
+        assert len(lines) == 7  # run folder, what was looked at, and these
         assert "Traceback" in done.log
         assert "raised by plugin 'broken' in estimate_advantage" in done.log
+
+    def test_sessions_that_fail(self, tmp_path: Path, third_party: Path) -> None:
+        """Some in the first step, which goes on; all in the second, which stops with the cause and not with verl's."""
+        steps = "trainer.total_training_steps=3"
+        done = train("failing", tmp_path / "run", *SHORT, steps, site=third_party, check=False)
+        assert done.returncode == 1
+        cause = r"sessions failed: KeyError: .level of prompt 0. \(plugin 'failing' in rollout_group, .*broken.py:\d+\)"
+        (warning,) = [line for line in done.output.splitlines() if line.startswith("warning: ") and "failed" in line]
+        assert re.search(rf"\d+ of 128 {cause} \(prompt \d+\)", warning)
+        (error,) = [line for line in done.output.splitlines() if line.startswith("error: ")]
+        assert re.search(rf"128 of 128 {cause}", error)
+        assert "materializable" not in done.output
+        assert 0 < done.steps[0]["rollout/failed_sessions"] < 1

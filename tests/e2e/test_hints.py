@@ -69,6 +69,7 @@ def sage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         f"data.train_files={folder}/train.parquet",
         f"data.val_files={folder}/train.parquet",
         "data.max_prompt_length=1200",
+        "+actor_rollout_ref.model.override_config.max_position_embeddings=1216",
         site=folder,
     )
 

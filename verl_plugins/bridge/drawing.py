@@ -18,6 +18,9 @@ from verl_plugins.bridge.run import RowsOfDataset
 from verl_plugins.errors import DataError
 from verl_plugins.services import Prompt, Prompts
 
+MOST_DRAWN = 3
+"""Batches drawn within one step after which it is asked whether any prompt comes through."""
+
 
 class DrawsPrompts:
     """Mixed into one of verl's trainers; expects `plugins`, `run` and `clock`."""
@@ -73,6 +76,9 @@ class DrawsPrompts:
     def _next_train_batch(self, num_prompts: int | None = None) -> Any:
         """The rows to roll out next: chosen, read, numbered and edited."""
         count = num_prompts or self.config.data.train_batch_size
+        step, drawn = self._draws
+        if step == self.global_steps and drawn >= MOST_DRAWN * self.config.data.train_batch_size:
+            self.refuse_to_draw_for_ever()
         with self.clock():
             chosen = self._select(count)
         prompts = Prompts([Prompt(prompt_id, self.rows[prompt_id]) for prompt_id in chosen])

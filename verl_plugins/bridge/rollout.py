@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorke
 
 from verl_plugins.bridge import census
 from verl_plugins.bridge.defaults import WorkerDefaults
+from verl_plugins.bridge.failures import Failures
 from verl_plugins.bridge.queue import prompt_id_of
 from verl_plugins.bridge.rows import MAX_TOKENS, PREFILL, ROLLOUT_N, Publisher, RewardBatcher, Row, session_rows
 from verl_plugins.bridge.serving import seed_name
@@ -69,6 +71,7 @@ class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
         self.plugins.add_fallback(WorkerDefaults())
         self._scorer = RewardBatcher(self.reward_loop_worker_handles)
         self._publisher = Publisher()
+        self.failures = Failures()
         self._single_turn: _SingleTurn | None = None
 
     def _seeds_requests(self) -> bool:
@@ -84,17 +87,34 @@ class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
     async def _run_prompt(self, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool = False) -> None:
         """verl's entry: one prompt, all sessions of its group, its status in the queue."""
         uid, partition = prompt["uid"], "val" if trajectory["validate"] else "train"
-        rows, status = [], "failure"
+        rows, status, group = [], "failure", None
         try:
             group = _Group(self, prompt, sampling_params, trajectory, trace)
+            self.failures.asked += group.size
             sessions = await self._generate_group(group)
             if sessions and not group.validate:
                 sessions[0].outputs[-1].extra_fields[ACCOUNT_FIELD] = group.account.as_field()
             rows = await self._rows(sessions, trajectory["validate"])
             status = "finished" if sessions and len(sessions) == group.size else "failure"
-        except Exception:
-            agent_loop_tq.logger.exception(f"rollout of prompt {uid} failed")
-        await self._publisher.publish(partition, rows, uid, status)
+        except Exception as error:
+            self._failed(error, prompt, group)
+        try:
+            await self._publisher.publish(partition, rows, uid, status)
+            self.failures.finished += status == "finished"
+        except Exception as error:
+            self._failed(error, prompt, group)
+            await self._publisher.publish(partition, [], uid, "failure")  # else the driver would wait for it for ever
+
+    def _failed(self, error: Exception, prompt: dict, group: _Group | None) -> None:
+        """A whole group is lost: its sessions count, but for those that failed before."""
+        agent_loop_tq.logger.error(f"rollout of prompt {prompt['uid']} failed", exc_info=error)
+        lost = 1 if group is None else max(1, group.size - group.failed)
+        self.failures.asked += group is None
+        self.failures.note(error, _name(prompt, group is not None and group.validate), lost)
+
+    async def take_failures(self) -> Failures:
+        """What failed since the driver last asked."""
+        return self.failures.take()
 
     async def _generate_group(self, group: _Group) -> list[_Session]:
         if group.validate or not self._has_group_control:
@@ -180,6 +200,8 @@ class _Group:
             self._params["max_tokens"] = int(prompt[MAX_TOKENS])
         self._limit = int(self._params.get("max_tokens") or worker.config.data.max_response_length)
         self._started = self._asked = 0
+        self.failed = 0
+        """Sessions that failed one by one."""
         self.account = Account()
         """All that was generated for this draw, whatever becomes of it."""
 
@@ -253,6 +275,8 @@ class _Group:
         results = await asyncio.gather(*runs, return_exceptions=True)
         for error in (result for result in results if isinstance(result, BaseException)):
             agent_loop_tq.logger.error(f"a session of prompt {self._row['uid']} failed", exc_info=error)
+            self.failed += 1
+            self._worker.failures.note(error, _name(self._row, self.validate))
         sessions = [result for result in results if isinstance(result, _Session)]
         self.account.add([sum(sum(output.response_mask) for output in session.outputs) for session in sessions])
         return sessions
@@ -269,7 +293,7 @@ class _Group:
     def _seed(self, number: int, *apart: int) -> int:
         """The same for the same draw in another run of the same seed, whatever order requests arrive in."""
         seed = self._worker.rollout_config.seed
-        key = [seed, self.step, int(self._row["index"]) if self.validate else self.prompt.id, int(self.validate)]
+        key = [seed, self.step, _number(self._row["index"]) if self.validate else self.prompt.id, int(self.validate)]
         return int(np.random.SeedSequence([*key, number, *apart]).generate_state(1, np.uint32)[0])
 
     def _rollout(self, session: _Session, limit: int) -> Rollout:
@@ -287,6 +311,18 @@ class _Group:
             info=info,
             outputs=session,
         )
+
+
+def _name(row: Mapping[str, Any], validate: bool) -> str:
+    """A prompt in a message."""
+    return f"validation prompt {row.get('index')}" if validate else f"prompt {prompt_id_of(row['uid'])}"
+
+
+def _number(index: Any) -> int:
+    """A part of a seed for a validation prompt, whose `extra_info.index` can be a number or any name."""
+    if isinstance(index, (int, np.integer)) and index >= 0:
+        return int(index)
+    return int.from_bytes(hashlib.blake2b(str(index).encode(), digest_size=4).digest(), "big")
 
 
 class GroupRun:

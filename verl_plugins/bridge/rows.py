@@ -23,6 +23,7 @@ from verl.protocol import DataProto
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from verl_plugins.bridge.gather import Gather
+from verl_plugins.errors import DataError
 
 VERDICT = "verdict"
 """Column with the reward function's `acc`, or the score where it gives none: `Batch.correct` reads it."""
@@ -118,7 +119,16 @@ class RewardBatcher:
             worker.compute_score_batch.remote(_reward_input(*zip(*part, strict=True)))
             for worker, part in zip(random.sample(self._workers, len(parts)), parts, strict=True)
         ]
-        return [result for results in await asyncio.gather(*calls) for result in results]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        return [one for part, answer in zip(parts, answers, strict=True) for one in await self._each(part, answer)]
+
+    async def _each(self, part: list[tuple[Any, dict[str, Any]]], answer: Any) -> list[Any]:
+        """A result per session; where a message failed, each of its sessions is asked for by itself."""
+        if not isinstance(answer, BaseException):
+            return answer
+        if len(part) == 1:
+            return [answer]
+        return [one for session in part for one in await self._send([session])]
 
 
 class Publisher:
@@ -126,15 +136,28 @@ class Publisher:
 
     def __init__(self) -> None:
         self._gather = Gather(self._send)
+        self._columns: dict[str, set[str]] = {}
+        """What the rows of each partition have."""
 
     async def publish(self, partition: str, rows: Sequence[Row], uid: str, status: str) -> None:
         """Store a group and mark its prompt."""
         await self._gather((partition, rows, uid, status))
 
-    async def _send(self, groups: list[tuple[str, Sequence[Row], str, str]]) -> list[None]:
+    async def _send(self, groups: list[tuple[str, Sequence[Row], str, str]]) -> list[Exception | None]:
+        """What cannot be stored with the others is tried by itself, and its error is its own."""
+        try:
+            await self._put(groups)
+            return [None] * len(groups)
+        except Exception as error:
+            if len(groups) == 1:
+                return [error]
+        return [(await self._send([group]))[0] for group in groups]
+
+    async def _put(self, groups: list[tuple[str, Sequence[Row], str, str]]) -> None:
         for partition in sorted({group[0] for group in groups}):
             ours = [group for group in groups if group[0] == partition]
             rows = [row for _, group_rows, _, _ in ours for row in group_rows]
+            self._complete(partition, rows)
             if rows:
                 await tq.async_kv_batch_put(
                     keys=[row.key for row in rows],
@@ -144,7 +167,18 @@ class Publisher:
                 )
             tags = [{"status": status} for _, _, _, status in ours]
             await tq.async_kv_batch_put(keys=[uid for _, _, uid, _ in ours], partition_id=partition, tags=tags)
-        return [None] * len(groups)
+
+    def _complete(self, partition: str, rows: Sequence[Row]) -> None:
+        """One set of columns for all rows: the driver asks for a column of all of them, or of none."""
+        known = self._columns.setdefault(partition, set())
+        known = known or {name for row in rows for name in row.fields}
+        for row in rows:
+            if "rollout_log_probs" in known - row.fields.keys():  # a tool loop leaves them out for an empty response
+                row.fields["rollout_log_probs"] = torch.zeros(len(row.fields["responses"]))
+            if differ := sorted(known ^ row.fields.keys()):
+                word = "lacks" if known - row.fields.keys() else "has"
+                raise DataError(f"row {row.key} {word} {', '.join(differ)}, unlike the rows before it")
+        self._columns[partition] = known
 
 
 def _reward_input(outputs: Sequence[Any], columns: Sequence[dict[str, Any]]) -> DataProto:
@@ -159,7 +193,8 @@ def _reward_input(outputs: Sequence[Any], columns: Sequence[dict[str, Any]]) -> 
     batch["attention_mask"] = torch.cat([pad(prompt_mask, **left), pad(response_mask, **right)], dim=1)
     batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     # Copies, because verl's reward managers write into `extra_info`, which the sessions of a group share.
-    objects = {name: _objects([copy.copy(row[name]) for row in columns]) for name in columns[0]}
+    names = dict.fromkeys(name for row in columns for name in row)
+    objects = {name: _objects([copy.copy(row.get(name)) for row in columns]) for name in names}
     objects["__num_turns__"] = np.array([output.num_turns for output in outputs])
     objects["tool_extra_fields"] = _objects([output.extra_fields for output in outputs])
     objects["prompt_len"] = np.array([len(ids) for ids in prompts])

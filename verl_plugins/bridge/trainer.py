@@ -5,7 +5,9 @@ The mode keeps verl's own name (`sync`, `colocate_async`): verl compares it in s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -24,6 +26,7 @@ from verl_plugins.bridge.actor import PluginActorWorker
 from verl_plugins.bridge.defaults import DriverDefaults
 from verl_plugins.bridge.drawing import DrawsPrompts
 from verl_plugins.bridge.estimating import EstimatesAdvantage
+from verl_plugins.bridge.failures import Failures, collect, explains
 from verl_plugins.bridge.loss import STEP_KEY
 from verl_plugins.bridge.run import DriverRun
 from verl_plugins.bridge.saving import SavesState
@@ -31,6 +34,7 @@ from verl_plugins.bridge.sending import LOSS_FIELDS
 from verl_plugins.bridge.serving import ServesRollouts
 from verl_plugins.bridge.validation import fast_validation_metrics
 from verl_plugins.diagnostics.health import Watch
+from verl_plugins.errors import PluginError, RunError
 
 POLL_SECONDS = 0.04
 """How often the driver looks for finished rollouts; verl's default of 2 s would dominate short steps."""
@@ -58,6 +62,10 @@ class Stages(DrawsPrompts, EstimatesAdvantage, ServesRollouts, SavesState):
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="health")
         self._health: Future[dict[str, float]] | None = None
         self._stopped = False
+        self._agents: list[Any] = []
+        self._failures = Failures()
+        self._told: set[str] = set()
+        """Causes of failed sessions that the terminal has shown."""
         self.timing_raw: dict[str, float] = {}
         super().__init__(config)
 
@@ -112,6 +120,7 @@ class Stages(DrawsPrompts, EstimatesAdvantage, ServesRollouts, SavesState):
             self._drop_from_queue()
         super()._compute_metrics(batch, metrics, *args, **kwargs)
         metrics.update(self.run.take_metrics())
+        metrics["rollout/failed_sessions"] = self._tell_failures()
         self.plugins.hook.on_step_end(run=self.run, metrics=metrics)
         metrics.update(self.run.take_metrics())
         if self.reporter is not None:
@@ -124,8 +133,9 @@ class Stages(DrawsPrompts, EstimatesAdvantage, ServesRollouts, SavesState):
             self.stop("asked to by a signal")
 
     def _validate(self) -> dict[str, float]:
-        with fast_validation_metrics():
+        with fast_validation_metrics(), self._first_cause():
             metrics = super()._validate()
+        self._tell_failures()
         self.plugins.hook.on_validation_end(run=self.run, metrics=metrics)
         if self.reporter is not None:
             self.reporter.validation(self.global_steps, metrics)
@@ -138,7 +148,9 @@ class Stages(DrawsPrompts, EstimatesAdvantage, ServesRollouts, SavesState):
                 self.reporter.note(f"resuming after step {self.global_steps} from {self._checkpoint_folder()}")
         if self.signals is not None:
             self.signals.saves = self.config.trainer.save_freq > 0
-        super().fit(agent_loop_manager)
+        self._agents = agent_loop_manager.agent_loop_workers
+        with self._first_cause():
+            super().fit(agent_loop_manager)
         if self.config.trainer.get("val_only", False):
             return
         self.global_steps -= 1  # verl has counted on to the step after the last
@@ -150,6 +162,37 @@ class Stages(DrawsPrompts, EstimatesAdvantage, ServesRollouts, SavesState):
         self.plugins.hook.on_train_end(run=self.run)
         if self.reporter is not None:
             self.reporter.end(self.global_steps, self.run.take_metrics())
+
+    def _tell_failures(self) -> float:
+        """The share of sessions that failed since the last time; a cause is said when it first comes."""
+        failures, self._failures = Failures.together([self._failures, collect(self._agents)]), Failures()
+        if self.reporter is not None and not failures.causes.keys() <= self._told:
+            self.reporter.note(f"warning: {failures.sentence()}")
+        self._told |= failures.causes.keys()
+        return failures.failed / failures.asked if failures.asked else 0.0
+
+    def refuse_to_draw_for_ever(self) -> None:
+        """verl draws prompts anew for those that fail; where none comes through, that would not end.
+
+        Raises:
+            RunError: with the first cause.
+        """
+        self._failures = Failures.together([self._failures, collect(self._agents)])
+        if self._failures.causes and not self._failures.finished:
+            raise RunError(self._failures.sentence())
+
+    @contextmanager
+    def _first_cause(self) -> Iterator[None]:
+        """What verl says when no session came back is replaced by why."""
+        try:
+            yield
+        except PluginError:
+            raise
+        except Exception as error:
+            failures = Failures.together([self._failures, collect(self._agents)])
+            if not explains(failures, error):
+                raise
+            raise RunError(failures.sentence()) from error
 
     def stop(self, reason: str) -> None:
         """End training after this step."""

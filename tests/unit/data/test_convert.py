@@ -276,7 +276,7 @@ class TestUnanswered:
         )
         refuses(lines(*rows), "no row", *reasons, skip_unanswered=True)
 
-    @pytest.mark.parametrize("word", ["N/A", "none", "Unknown", r"\\text{N/A}", "---", "?", "TBD", "[]"])
+    @pytest.mark.parametrize("word", ["N/A", "none", "Unknown", r"\text{N/A}", "---", "?", "TBD", "[]"])
     def test_words_that_stand_for_no_answer_are_none(self, lines: Any, refuses: Any, word: str) -> None:
         refuses(lines(*plain(1), {"question": "b?", "answer": word}), "row 2", "stands for no answer", "--unlabelled")
 
