@@ -191,6 +191,9 @@ SYMBOLS: list[tuple[str, str, str | None]] = [
     ("ray", "get_runtime_context", ""),
     ("ray.util.scheduling_strategies", "NodeAffinitySchedulingStrategy", "node_id soft"),
     ("ray._raylet", "Config.initialize", None),
+    ("ray._private.state", "state.actor_table", "actor_id job_id actor_state_name"),
+    ("ray.core.generated", "common_pb2.ActorDiedErrorContext", None),
+    ("verl.utils.model", "load_valuehead_model", None),
     ("ray.scripts.scripts", "start", None),
 ]
 
