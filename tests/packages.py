@@ -10,6 +10,6 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "third_party_plugin"
 OFFLINE = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check")
 
 
-def install(package: Path, site: Path) -> None:
-    """`pip install --target site package`."""
-    subprocess.run([sys.executable, "-m", "pip", "install", *OFFLINE, "--target", site, package], check=True)
+def install(site: Path, *packages: Path) -> None:
+    """`pip install --target site packages…`."""
+    subprocess.run([sys.executable, "-m", "pip", "install", *OFFLINE, "--target", site, *packages], check=True)

@@ -57,8 +57,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     written = tmp_path_factory.mktemp("new")
     create("doubtful", "policy_loss", written)
-    install(EXAMPLE, folder)
-    install(written / "doubtful", folder)
+    install(folder, EXAMPLE, written / "doubtful")
     (folder / "reader.py").write_text(READER)
     information = folder / "reader-1.0.dist-info"
     information.mkdir()

@@ -201,7 +201,7 @@ def doctor(
 @app.command()
 def new(
     name: Annotated[str, typer.Argument(help="Of the plugin, its recipe and its package, as in my_method.")],
-    stage: Annotated[str, typer.Option(help="estimate_advantage or policy_loss.")] = "estimate_advantage",
+    stage: Annotated[str, typer.Option(help="The stage it takes part in, as in policy_loss.")] = "estimate_advantage",
     folder: Annotated[Path, typer.Option("--dir", help="Where the package is written.")] = Path("."),
 ) -> None:
     """Write a package of your own, one plugin and one recipe: it trains and passes its tests as it is."""

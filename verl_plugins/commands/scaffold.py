@@ -1,11 +1,12 @@
-"""`verl-plugins new`: a package of one plugin and one recipe, written from a template.
+"""`verl-plugins new`: a package of one plugin and one recipe, written from the template of a stage.
 
-The template is such a package itself, of a plugin `my_method`; all forms of that name are replaced. What does not
-depend on the stage lies in `template/common`.
+A template is such a package itself, of a plugin `my_method` on the stage `the_stage`; all forms of that name, and the
+stage, are replaced. What does not depend on the stage lies in `template/common`.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -13,10 +14,9 @@ import verl_plugins
 from verl_plugins.composition import manifest
 from verl_plugins.composition.recipe import presets, recipes
 from verl_plugins.errors import PluginError, nearest
+from verl_plugins.hookspecs import STAGES
 
 TEMPLATE = Path(__file__).parent / "template"
-STAGES = ("estimate_advantage", "policy_loss")
-"""Stages there is a template for: an estimator, and a wrapper around the loss."""
 NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 
 
@@ -26,9 +26,9 @@ def create(name: str, stage: str, folder: Path) -> list[Path]:
     Raises:
         PluginError: the name cannot be used, is taken, or the folder exists; nothing has been written then.
     """
-    _check_name(name)
     if stage not in STAGES:
-        raise PluginError(f"--stage {stage!r} has no template{nearest(stage, STAGES)}")
+        raise PluginError(f"--stage {stage!r} is not a stage{nearest(stage, STAGES)}")
+    _check_name(name, stage)
     if not folder.is_dir():
         raise PluginError(f"--dir {folder} is not a folder")
     root = folder / name
@@ -48,6 +48,7 @@ def render(name: str, stage: str) -> dict[Path, str]:
         "my-method": name.replace("_", "-"),
         "MyMethod": _class_name(name),
         "My method": name.replace("_", " ").capitalize(),
+        "the_stage": stage,
     }
     form = re.compile("|".join(forms))
     rendered = {}
@@ -64,7 +65,14 @@ def _class_name(name: str) -> str:
     return "".join(word.capitalize() for word in name.split("_"))
 
 
-def _check_name(name: str) -> None:
+def _imported(stage: str) -> set[str]:
+    """Names that the method's file of a template imports."""
+    code = ast.parse((TEMPLATE / stage / "src/my_method/method.py").read_text(encoding="utf-8"))
+    imports = [node for node in code.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return {alias.asname or alias.name for node in imports for alias in node.names}
+
+
+def _check_name(name: str, stage: str) -> None:
     from importlib.util import find_spec
     from keyword import iskeyword
 
@@ -79,5 +87,5 @@ def _check_name(name: str) -> None:
     for other, owner in known:
         if other == name:
             raise PluginError(f"{name!r} is already a name that {owner} uses; choose another")
-    if find_spec(name) is not None or _class_name(name) in (*verl_plugins.__all__, "Tensor"):
+    if find_spec(name) is not None or _class_name(name) in {*verl_plugins.__all__, *_imported(stage)}:
         raise PluginError(f"{name!r} would hide what Python or verl_plugins calls so; choose another name")
