@@ -9,6 +9,17 @@ import typer
 
 Column = Optional[str]  # noqa: UP045
 Text = Optional[str]  # noqa: UP045
+Keep = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(metavar="COLUMN", help="A column to keep in extra_info; may be repeated."),
+]
+DataSource = Annotated[
+    Text, typer.Option(metavar="NAME", help="Name of the data in metrics; else the file's own, or own/<shape>.")
+]
+Unlabelled = Annotated[
+    bool, typer.Option("--unlabelled", help="Keep questions without answer, for recipes that need none.")
+]
+DropDuplicates = Annotated[bool, typer.Option("--drop-duplicates", help="Keep the first row of each question.")]
 
 app = typer.Typer(help="Data of your own.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -32,22 +43,13 @@ def convert(
     answer: Annotated[Column, typer.Option(metavar="COLUMN", help="The answer.")] = None,
     solution: Annotated[Column, typer.Option(metavar="COLUMN", help="The worked solution.")] = None,
     id: Annotated[Column, typer.Option(metavar="COLUMN", help="A name of each prompt; else a hash of it.")] = None,
-    keep: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(metavar="COLUMN", help="A column to keep in extra_info; may be repeated."),
-    ] = None,
-    data_source: Annotated[
-        Text, typer.Option(metavar="NAME", help="Name of the data in metrics; else the file's own, or own/<shape>.")
-    ] = None,
+    keep: Keep = None,
+    data_source: DataSource = None,
     system: Annotated[Text, typer.Option(help="A system message before each question.")] = None,
     suffix: Annotated[Text, typer.Option(help="A last line for each question.")] = None,
     skip_unanswered: Annotated[bool, typer.Option("--skip-unanswered", help="Leave out rows without answer.")] = False,
-    unlabelled: Annotated[
-        bool, typer.Option("--unlabelled", help="Keep questions without answer, for recipes that need none.")
-    ] = False,
-    drop_duplicates: Annotated[
-        bool, typer.Option("--drop-duplicates", help="Keep the first row of each question.")
-    ] = False,
+    unlabelled: Unlabelled = False,
+    drop_duplicates: DropDuplicates = False,
 ) -> None:
     """Turn a file of questions with answers into the parquet that training reads.
 
@@ -65,8 +67,6 @@ def convert(
 
     if val_fraction is not None and val_to is None:
         raise DataError(f"--val-fraction {val_fraction} needs --val-to, the file for the rows that are held out")
-    if unlabelled and skip_unanswered:
-        raise DataError("--unlabelled keeps the rows that --skip-unanswered leaves out: give one of the two")
     options = Options(
         shape=shape,
         question=question,

@@ -93,6 +93,8 @@ def _check(file: Path, to: Path, options: Options) -> None:
         raise DataError(f"--val-to {options.val_to} is the file of --to as well; give another name")
     if not 0 < options.val_fraction < 1:
         raise DataError(f"--val-fraction is {options.val_fraction}: it must be between 0 and 1")
+    if options.unlabelled and options.skip_unanswered:
+        raise DataError("--unlabelled keeps the rows that --skip-unanswered leaves out: give one of the two")
     if options.data_source is not None:
         _check_source(options.data_source, "--data-source")
 

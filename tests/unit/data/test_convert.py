@@ -296,6 +296,9 @@ class TestUnanswered:
         refuses(rows, "--answer", "--unlabelled")
         assert convert(rows, out, Options(unlabelled=True)).train == 2
 
+    def test_keeping_and_leaving_out_exclude_each_other(self, lines: Any, refuses: Any) -> None:
+        refuses(lines(*plain(1)), "--unlabelled", "--skip-unanswered", unlabelled=True, skip_unanswered=True)
+
     def test_a_row_without_a_question_is_refused_even_so(self, lines: Any, refuses: Any) -> None:
         refuses(lines(*plain(1), {"question": "", "answer": "1"}), "row 2", "is empty", unlabelled=True)
 

@@ -34,6 +34,7 @@ HARMLESS = (
 IDENTITY = ("actor_rollout_ref.model", "critic.model", "data", "plugins", "algorithm", "reward", "cpu")
 """What makes a run this run and not another; all else that changes on resuming is said."""
 SHOWN = 4
+SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 ABSENT = "nothing"
 
 
@@ -96,7 +97,7 @@ def _look_at_resume_path(trainer: DictConfig) -> None:
 def _read(file: Path) -> dict[str, Any]:
     mend = "give another --out"
     try:
-        tree = yaml.load(file.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        tree = SafeLoader(file.read_text(encoding="utf-8")).get_single_data()
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise CompositionError(
             f"--out {file.parent} holds a run whose {file.name} cannot be read ({short(error)}): {mend}"
