@@ -57,6 +57,9 @@ def judge(answer: str, truth: str) -> dict[str, Any]:
 
 
 def _verdict(answer: str, truth: str) -> str:
+    wanted, given = letters(truth), letters(answer)
+    if wanted and given:
+        return "equal value" if wanted == given else "not equal"
     if (verdict := _choice(answer, truth)) is not None:
         return "equal value" if verdict else "not equal"
     try:
@@ -64,6 +67,13 @@ def _verdict(answer: str, truth: str) -> str:
     except NotUnderstood as error:
         raise NotUnderstood(f"in the ground truth: {error}") from None
     return "equal value" if _equal_text(expected, answer) else "not equal"
+
+
+def letters(text: str) -> frozenset[str] | None:
+    """Several letters of choices in any order and way of writing (`B, C`, `BC`, `(B) and (C)`); None for all else."""
+    plain = re.sub(r"\\(?:text|mathrm)(?![A-Za-z])|\b(?:and|und|et|y)\b|[{}()\s,;&.]", "", text)
+    found = frozenset(plain)
+    return found if re.fullmatch("[A-J]{2,10}", plain) and len(found) == len(plain) else None
 
 
 def _choice(answer: str, truth: str) -> bool | None:

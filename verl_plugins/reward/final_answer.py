@@ -24,8 +24,8 @@ _JOINT = re.compile(
     re.IGNORECASE,
 )
 _WORD = (
-    r"(?:(?:final|correct|right|the)\s+)*(?:answer|ans|solution|result|value)(?:\s+(?:to|of|for)\b(?:(?!\bif\b)[^.:=\n]){1,80}?)?"
-    r"|(?:correct|right|best)\s+(?:one|option|choice|answer)(?:\s+choice)?"
+    r"(?:(?:final|correct|right|the)\s+)*(?:answers?|ans|solution|result|value)(?:\s+(?:to|of|for)\b(?:(?!\bif\b)[^.:=\n]){1,80}?)?"
+    r"|(?:correct|right|best)\s+(?:ones?|options?|choices?|answers?)(?:\s+choices?)?"
     r"|(?:endgültige\s+)?(?:antwort|lösung|ergebnis)|(?:la\s+)?(?:réponse|solution|résultat)(?:\s+finale?)?"
     r"|(?:la\s+)?(?:respuesta|solución)(?:\s+final)?|(?:la\s+)?risposta(?:\s+finale)?|(?:a\s+)?resposta(?:\s+final)?"
     r"|(?:итоговый\s+)?ответ|відповідь|odpowiedź|odpověď|antwoord|svar|cevap|jawaban|đáp án|الجواب|الإجابة|उत्तर"
@@ -33,7 +33,7 @@ _WORD = (
 _SIGN = r"答案|答え|答|解答?|결과|정답|답"
 """Words of scripts that put no space between words."""
 _IS = (
-    r"\s*(?:\([^()\n]{0,40}\)\s*)?(?:\"\s*)?(?::\s*|：\s*|=\s*|\bis\b(?:\s+that\b)?:?|\b(?:equals|was|would be"
+    r"\s*(?:\([^()\n]{0,40}\)\s*)?(?:\"\s*)?(?::\s*|：\s*|=\s*|\b(?:is|are)\b(?:\s+that\b)?:?|\b(?:equals|was|would be"
     r"|should be|must be|will be|becomes|comes to|comes out (?:to be|as)|lautet|ist|est|es|è|é)\b:?"
     r"|是|为|為|は|—|–(?=\s))"
 )
