@@ -50,6 +50,22 @@ def save(checkpoint: Path, step: int, fingerprint: str, plugins: Iterable[Plugin
     temporary.rename(folder)
 
 
+def try_saving(states: States) -> None:
+    """Make of all state what a checkpoint would hold, and throw it away.
+
+    Raises:
+        StateError: naming process, plugin and key of what cannot be saved.
+    """
+    arrays: dict[str, Tensor] = {}
+    for process, by_plugin in states.items():
+        for name, state in by_plugin.items():
+            if not isinstance(state, Mapping):
+                raise StateError(
+                    f"state {process}/{name}: state_dict gave a {type(state).__name__}, and must give a dict"
+                )
+            _split(state, f"{process}/{name}", arrays)
+
+
 @contextmanager
 def open_whole(file: str | os.PathLike, mode: str = "r", **options: Any) -> Iterator[IO]:
     """`open` as a context manager; what is written (mode `w`) takes the file's place only once it is complete."""
@@ -112,24 +128,45 @@ def _split(state: Mapping[str, Any], prefix: str, arrays: dict[str, Tensor]) -> 
     """Move tensors and arrays of a state into `arrays`; what stays is JSON."""
     kept: dict[str, Any] = {"json": {}, "numpy": [], "torch": []}
     for key, value in state.items():
-        if isinstance(value, Tensor):
-            arrays[f"{prefix}/{key}"] = value.detach().cpu().contiguous()
-            kept["torch"].append(key)
-        elif isinstance(value, np.ndarray):
-            arrays[f"{prefix}/{key}"] = torch.from_numpy(np.ascontiguousarray(value))
-            kept["numpy"].append(key)
+        where = f"{prefix}/{key}"
+        if not isinstance(key, str):
+            raise StateError(f"state {where}: its key is a {type(key).__name__}, and must be a text")
+        if isinstance(value, (Tensor, np.ndarray)):
+            arrays[where] = _array(value, where)
+            kept["torch" if isinstance(value, Tensor) else "numpy"].append(key)
         else:
-            kept["json"][key] = _plain(value, f"{prefix}/{key}")
+            kept["json"][key] = _plain(value, where)
     return kept
 
 
-def _plain(value: Any, where: str) -> Any:
+def _array(value: Tensor | np.ndarray, where: str) -> Tensor:
+    """A copy that shares memory with nothing."""
     try:
-        if json.loads(json.dumps(value)) == value:
-            return value
-    except TypeError:
-        pass
-    raise StateError(f"state {where}: {type(value).__name__} can be saved neither as an array nor as JSON")
+        tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"its layout is {tensor.layout}")
+        return tensor.detach().cpu().contiguous().clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = f"{type(value).__name__} of {value.dtype}"
+        cause = str(error).split(". ")[0].rstrip(".")
+        raise StateError(f"state {where}: a {kind} cannot be saved, keep numbers in it ({cause})") from error
+
+
+def _plain(value: Any, where: str) -> Any:
+    if isinstance(value, float):
+        return value  # NaN too, which equals nothing
+    try:
+        again = json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise StateError(
+            f"state {where}: {type(value).__name__} can be saved neither as an array nor as JSON"
+        ) from error
+    if again != value:
+        raise StateError(
+            f"state {where}: JSON gives the {type(value).__name__} back as {again!r}, not as {value!r}; use lists in "
+            "place of tuples, texts as keys, and no NaN inside"
+        )
+    return value
 
 
 def _join(kept: Mapping[str, Any], prefix: str, arrays: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ class SavesState:
 
     def _load_checkpoint(self) -> None:
         self.actor_rollout_wg.set_plugins(OmegaConf.to_container(self.config.plugins), self.seed)
+        checkpoint.try_saving(self._states())  # here, and not at the first checkpoint hours later
         super()._load_checkpoint()
         if self.global_steps > 0:
             self._load_plugin_state()
@@ -35,15 +36,19 @@ class SavesState:
         The step counts once its line is in the metrics and its rollouts are dumped: then comes `mark_checkpoint`.
         """
         folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
-        states = {
-            "driver": {plugin.name: plugin.state_dict() for plugin in self.plugins},
-            "actor": self.actor_rollout_wg.plugin_state()[0],
-        }
+        states = self._states()
         (folder / intact.FILES).unlink(missing_ok=True)
         checkpoint.save(folder, self.global_steps, self.rows.fingerprint, self.plugins, states)
         with patch.object(trainer_base, "open", self._keep_marker, create=True):
             super()._save_checkpoint()
         self._saved_step = self.global_steps
+
+    def _states(self) -> checkpoint.States:
+        """State of all plugins, by process and plugin."""
+        return {
+            "driver": {plugin.name: plugin.state_dict() for plugin in self.plugins},
+            "actor": self.actor_rollout_wg.plugin_state()[0],
+        }
 
     @contextmanager
     def _keep_marker(self, file: str, mode: str = "r") -> Iterator[io.StringIO]:

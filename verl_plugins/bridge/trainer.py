@@ -5,7 +5,8 @@ The mode keeps verl's own name (`sync`, `colocate_async`): verl compares it in s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -61,7 +62,7 @@ class Stages(DrawsPrompts, EstimatesAdvantage, ServesRollouts, SavesState):
         self._shipped: set[str] = set()
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="health")
         self._health: Future[dict[str, float]] | None = None
-        self._stopped = False
+        self._stopped = self._told_of_gradient = False
         self._agents: list[Any] = []
         self._failures = Failures()
         self._told: set[str] = set()
@@ -108,7 +109,28 @@ class Stages(DrawsPrompts, EstimatesAdvantage, ServesRollouts, SavesState):
         prefix = "actor/plugins/"
         for key in [key for key in metrics if key.startswith(prefix)]:
             metrics[key.removeprefix("actor/")] = metrics.pop(key)
+        self._look_at_update(metrics)
         return batch
+
+    def _look_at_update(self, metrics: Mapping[str, Any]) -> None:
+        """A loss that is no number ends the run; a gradient alone is said once, since verl leaves such steps out.
+
+        Raises:
+            RunError: the loss is not finite.
+        """
+        if not math.isfinite(float(metrics.get("actor/loss", 0.0))):
+            raise RunError(
+                f"step {self.global_steps}: the actor's loss is {float(metrics['actor/loss'])}, though no plugin's "
+                f"part of "
+                "it was; look at old log-probs, advantages and the weights of the importance correction in verl.log"
+            )
+        if not math.isfinite(float(metrics.get("actor/grad_norm", 0.0))) and not self._told_of_gradient:
+            self._told_of_gradient = True
+            if self.reporter is not None:
+                self.reporter.note(
+                    f"warning: step {self.global_steps}: the gradient norm is not finite, and verl leaves out the "
+                    "optimiser steps where it is; lower the learning rate, or look at actor/grad_norm in metrics.jsonl"
+                )
 
     def _update_critic(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         with self._group_size():

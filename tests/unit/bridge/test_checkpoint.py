@@ -183,3 +183,40 @@ class TestOpenWhole:
         (tmp_path / "file").write_bytes(b"1")
         with checkpoint.open_whole(tmp_path / "file", "rb") as file:
             assert file.read() == b"1"
+
+
+class TestTried:
+    """Before the first step: what could not be saved is found then."""
+
+    @pytest.mark.parametrize(
+        ("value", "parts"),
+        [
+            ({1, 2}, ("set", "neither as an array nor as JSON")),
+            ((1, 2), ("[1, 2]", "lists in place of tuples")),
+            ({3: "a"}, ("texts as keys",)),
+            ([float("nan")], ("no NaN inside",)),
+            (np.array(["a", None], dtype=object), ("ndarray of object",)),
+            (torch.eye(2).to_sparse(), ("Tensor of torch.float32", "sparse")),
+            (object(), ("object", "neither")),
+        ],
+    )
+    def test_what_cannot_be_saved_is_named(self, value, parts, sentence) -> None:
+        with pytest.raises(StateError) as error:
+            checkpoint.try_saving({"driver": {"mine": {"good": 1, "bad": value}}, "actor": {}})
+        sentence(error.value, "state driver/mine/bad", *parts)
+
+    def test_a_state_that_is_no_dict(self, sentence) -> None:
+        with pytest.raises(StateError) as error:
+            checkpoint.try_saving({"driver": {}, "actor": {"mine": [1]}})
+        sentence(error.value, "state actor/mine", "list", "must give a dict")
+
+    def test_what_can_be_saved_passes(self) -> None:
+        shared = torch.arange(6.0)
+        state = {"a": shared, "b": shared[2:], "c": np.arange(3)[::-1], "d": float("nan"), "e": {"f": [1, None, "x"]}}
+        checkpoint.try_saving({"driver": {"mine": state, "none": {}}, "actor": {}})
+
+    def test_tensors_that_share_memory_come_back(self, tmp_path) -> None:
+        shared = torch.arange(6.0)
+        states = {"driver": {"mine": {"a": shared, "b": shared[2:]}}, "actor": {}}
+        save(tmp_path, states)
+        assert (tmp_path / "plugins" / "arrays.safetensors").is_file()
