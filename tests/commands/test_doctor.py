@@ -74,3 +74,32 @@ def test_workers_of_every_kind() -> None:
     assert kinds.keys() == {"actor worker", "agent-loop worker", "reward worker"}
     assert {finding["found"] for finding in kinds.values()} == {"same packages as here"}
     assert code == 0
+
+
+class TestARun:
+    """With the words of a run, what that run would look at."""
+
+    def test_one_that_can_start(self) -> None:
+        found = {one.what: one for one in checks.examine_run("vade", "cpu")}
+        assert {one.state for one in found.values()} == {"ok"}
+        assert found["run vade, reward"].found == "plugin math_verify"
+        assert "512 rows" in next(one.found for one in checks.examine_run("vade", "cpu") if "train" in one.found)
+
+    @pytest.mark.parametrize(
+        ("words", "part"),
+        [
+            (("vadee", "cpu"), "did you mean 'vade'?"),
+            (("vade", "cpu", ("data.train_files=/no/such.parquet",)), "there is no file /no/such.parquet"),
+            (("vade", "cpu", ("actor_rollout_ref.model.path=/no/model",)), "there is no folder /no/model"),
+            (("vade", "cpu", ("data.max_prompt_length=3",)), "max_prompt_length"),
+        ],
+    )
+    def test_one_that_cannot(self, words: tuple, part: str) -> None:
+        (finding,) = checks.examine_run(*words)
+        assert finding.state == "broken" and part in finding.found
+
+    def test_the_command_takes_the_words_of_a_run(self) -> None:
+        code, found = doctor("grpo", "--preset", "cpu", "data.train_files=/no/such.parquet")
+        assert code == 1
+        assert "/no/such.parquet" in found["run grpo"]["found"]
+        assert found["Python"]["state"] == "ok"

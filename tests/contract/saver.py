@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 from omegaconf import OmegaConf
 from verl.trainer.ppo.checkpoint_callback import build_checkpoint_callback
 from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
@@ -109,6 +110,7 @@ def seconds_to_save(folder: Path) -> float:
 
 
 def main(folder: Path, kills: int) -> None:
+    torch.set_num_threads(1)  # a forked child has none of the threads that torch's pool counts on
     chance, step, steps = random.Random(0), 0, []
     longest = 6 * seconds_to_save(folder / "tried")
     for _ in range(kills):

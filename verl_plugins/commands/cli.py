@@ -176,21 +176,29 @@ def score(
         print_scores(scores, Console(), rows)
 
 
-@app.command()
+@app.command(context_settings={"ignore_unknown_options": True})
 def doctor(
+    recipe: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(metavar="[RECIPE[+RECIPE…]]", help="Look at this run too: its reward, model and data."),
+    ] = None,
+    overrides: Overrides = None,
+    preset: Preset = None,
     ray: Annotated[bool, typer.Option("--ray", help="Start a worker of each kind on each node and compare.")] = False,
     address: Annotated[Optional[str], typer.Option(help="With --ray: a running cluster.")] = None,  # noqa: UP045
     clean: Annotated[bool, typer.Option("--clean", help="Remove temporary folders of killed runs, then stop.")] = False,
     as_json: Json = False,
 ) -> None:
     """What works on this machine, and the command that mends what does not."""
-    from verl_plugins.commands.doctor import BROKEN, examine, plain, print_report
+    from itertools import chain
+
+    from verl_plugins.commands.doctor import BROKEN, examine, examine_run, plain, print_report
     from verl_plugins.composition.scratch import clean as clean_up
 
     if clean:
         typer.echo(f"removed {len(clean_up())} temporary folders of killed runs")
         return
-    findings = examine(ray, address)
+    findings = chain(examine_run(recipe, preset, overrides or ()) if recipe else (), examine(ray, address))
     if as_json:
         listed = [plain(finding) for finding in findings]
         _print_json(listed)

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -61,6 +61,24 @@ def examine(workers: bool = False, address: str | None = None) -> Iterator[Findi
     yield from _environment()
     if workers:
         yield from _workers(address)
+
+
+def examine_run(recipe: str, preset: str | None = None, overrides: Sequence[str] = ()) -> Iterator[Finding]:
+    """What `run` would look at before it starts: reward, model and data, or the one sentence that refuses them."""
+    from verl_plugins.composition.compose import compose
+    from verl_plugins.composition.look import look
+    from verl_plugins.composition.needs import check
+
+    try:
+        composed = compose(recipe, preset, overrides)
+        seen = look(composed, check(composed))
+    except PluginError as error:
+        yield Finding(f"run {recipe}", BROKEN, str(error), "as the sentence says")
+        return
+    yield Finding(f"run {recipe}", OK, "can start")
+    for line in seen:
+        what, _, found = line.partition(": ")
+        yield Finding(f"run {recipe}, {what}", OK, found)
 
 
 def plain(finding: Finding) -> dict[str, str]:
