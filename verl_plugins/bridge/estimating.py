@@ -35,6 +35,7 @@ class EstimatesAdvantage(SendsRows):
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, **kwargs: Any) -> KVBatchMeta:
         """Rows in an order of their own (not that of arrival), rewards shaped, rows dropped, then verl's balancing."""
+        self._columns = set()
         with self.clock():
             batch = self._shape_and_select(batch)
         with self._group_size(), self._keep_order():

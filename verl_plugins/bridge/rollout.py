@@ -70,7 +70,7 @@ class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
         self._has_group_control = self.plugins.implements("rollout_group")
         self.plugins.add_fallback(WorkerDefaults())
         self._scorer = RewardBatcher(self.reward_loop_worker_handles)
-        self._publisher = Publisher()
+        self._publisher = Publisher(by_step=self.config.trainer.v1.trainer_mode == "sync")
         self.failures = Failures()
         self._single_turn: _SingleTurn | None = None
 

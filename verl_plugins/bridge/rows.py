@@ -132,12 +132,16 @@ class RewardBatcher:
 
 
 class Publisher:
-    """Writes the rows of groups that are ready together to the queue at once, then their prompts' status."""
+    """Writes the rows of groups that are ready together to the queue at once, then their prompts' status.
 
-    def __init__(self) -> None:
+    Rows that can meet in a batch have the same columns: those of a step where `by_step`, else those of the whole run.
+    """
+
+    def __init__(self, by_step: bool = True) -> None:
         self._gather = Gather(self._send)
-        self._columns: dict[str, set[str]] = {}
-        """What the rows of each partition have."""
+        self._by_step = by_step
+        self._columns: dict[str, tuple[int, set[str]]] = {}
+        """Step and columns of the last rows of each partition."""
 
     async def publish(self, partition: str, rows: Sequence[Row], uid: str, status: str) -> None:
         """Store a group and mark its prompt."""
@@ -170,15 +174,19 @@ class Publisher:
 
     def _complete(self, partition: str, rows: Sequence[Row]) -> None:
         """One set of columns for all rows: the driver asks for a column of all of them, or of none."""
-        known = self._columns.setdefault(partition, set())
-        known = known or {name for row in rows for name in row.fields}
+        if not rows:
+            return
+        step = rows[0].tag["global_steps"] if self._by_step else 0
+        before, known = self._columns.get(partition, (step, set()))
+        if before != step or not known:
+            known = {name for row in rows for name in row.fields}
         for row in rows:
             if "rollout_log_probs" in known - row.fields.keys():  # a tool loop leaves them out for an empty response
                 row.fields["rollout_log_probs"] = torch.zeros(len(row.fields["responses"]))
             if differ := sorted(known ^ row.fields.keys()):
                 word = "lacks" if known - row.fields.keys() else "has"
                 raise DataError(f"row {row.key} {word} {', '.join(differ)}, unlike the rows before it")
-        self._columns[partition] = known
+        self._columns[partition] = step, known
 
 
 def _reward_input(outputs: Sequence[Any], columns: Sequence[dict[str, Any]]) -> DataProto:

@@ -62,7 +62,7 @@ class SendsRows:
         return batch
 
     def _columns_of(self, batch: KVBatchMeta) -> set[str]:
-        """What the rows have when they come from the rollout; the same in every step."""
+        """What the rows of a step have when they come from the rollout."""
         if not self._columns:
             self._columns = set(tq.kv_batch_get(keys=batch.keys[:1], partition_id=batch.partition_id).keys())
         return self._columns

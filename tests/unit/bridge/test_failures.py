@@ -75,16 +75,17 @@ class TestPublishing:
         monkeypatch.setattr(rows_module, "list_of_dict_to_tensordict", list)
         return stored
 
-    def publish(self, *groups: tuple[str, list[Row]]) -> list[Any]:
+    def publish(self, *groups: tuple[str, list[Row]], publisher: Publisher | None = None) -> list[Any]:
+        publisher = publisher or Publisher()
+
         async def all_of_them() -> list[Any]:
-            publisher = Publisher()
             calls = [publisher.publish("train", rows, uid, "finished") for uid, rows in groups]
             return await asyncio.gather(*calls, return_exceptions=True)
 
         return asyncio.run(all_of_them())
 
-    def row(self, key: str, **fields: Any) -> Row:
-        return Row(key, {"responses": torch.tensor([1, 2]), **fields}, {"status": "success"})
+    def row(self, key: str, step: int = 1, **fields: Any) -> Row:
+        return Row(key, {"responses": torch.tensor([1, 2]), **fields}, {"status": "success", "global_steps": step})
 
     def test_one_that_cannot_be_stored_does_not_take_the_others_along(self, stored) -> None:
         results = self.publish(("a", [self.row("a_0")]), ("b", [self.row("bad_0")]), ("c", [self.row("c_0")]))
@@ -101,6 +102,21 @@ class TestPublishing:
         results = self.publish(("a", [self.row("a_0")]), ("b", [odd]), ("c", [self.row("c_0")]))
         assert isinstance(results[1], DataError) and "surprise" in str(results[1])
         assert stored["a"] == stored["c"] == "finished"
+
+    @pytest.mark.parametrize("by_step", [True, False])
+    def test_a_column_may_begin_and_end_with_a_step_where_steps_do_not_mix(self, stored, by_step) -> None:
+        publisher, extra = Publisher(by_step), {"hint": torch.tensor(1.0)}
+        results = []
+        for step, fields in enumerate([{}, extra, extra, {}]):
+            groups = [(f"{step}{name}", [self.row(f"{step}{name}_0", step, **fields)]) for name in "ab"]
+            results += self.publish(*groups, publisher=publisher)
+        assert [result is None for result in results] == [True, True, *[by_step] * 4, True, True]
+
+    def test_within_a_step_it_is_refused_whenever_it_comes(self, stored) -> None:
+        publisher = Publisher()
+        assert self.publish(("a", [self.row("a_0", 7)]), publisher=publisher) == [None]
+        (error,) = self.publish(("b", [self.row("b_0", 7, hint=torch.tensor(1.0))]), publisher=publisher)
+        assert isinstance(error, DataError) and "has hint" in str(error)
 
 
 def test_a_reward_message_that_fails_is_asked_for_session_by_session(monkeypatch) -> None:
