@@ -46,18 +46,40 @@ class Running:
             assert self.process.poll() is None, self.output
             assert time.monotonic() < deadline, self.output
             time.sleep(0.1)
+        return self.look()
+
+    def until_there_is(self, name: str) -> Running:
+        """Wait for a process of this name; then all processes of the run so far are known."""
+        deadline = time.monotonic() + START_SECONDS
+        while not self._named(name):
+            assert self.process.poll() is None and time.monotonic() < deadline, self.output
+            time.sleep(0.1)
+            self.look()
+        return self
+
+    def look(self) -> Running:
+        """Know all processes that the run has now."""
         self.family = psutil.Process(self.process.pid).children(recursive=True)
         return self
 
     def find(self, name: str) -> psutil.Process:
-        """The run's process of this name (Ray's workers are named after their class)."""
-        found = [process for process in self.family if name in f"{_name(process)} {_words(process)}"]
+        """The run's process of this name: Ray's workers are named after their class, others by their command."""
+        found = self._named(name)
         assert found, [f"{_name(process)} {_words(process)}" for process in self.family]
         return found[0]
 
+    def _named(self, name: str) -> list[psutil.Process]:
+        # The kernel keeps 15 characters of what Ray calls a process, and Ray renames it after the method that runs.
+        if name.startswith("ray::"):
+            return [process for process in self.family if _name(process)[:15] == name[:15]]
+        return [process for process in self.family if name in f"{_name(process)} {_words(process)}"]
+
     def ended(self, within: float = TOLD_SECONDS) -> int:
         """The exit code; nothing of the run is left."""
-        code = self.process.wait(timeout=within)
+        try:
+            code = self.process.wait(timeout=within)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still going on after {within} s:\n{self.output}") from None
         _, alive = psutil.wait_procs(self.family, timeout=20)
         assert [_name(process) for process in alive] == []
         return code

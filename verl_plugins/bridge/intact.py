@@ -38,7 +38,23 @@ def record(checkpoint: Path) -> None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint: the first file that is not as it was written. None if nothing is known to be."""
+    """What is wrong with a checkpoint: the first file that is not as it was written, or that is no state but a program.
+
+    None if nothing is known to be.
+    """
+    return _changed(checkpoint) or _foreign(checkpoint)
+
+
+def _foreign(checkpoint: Path) -> str | None:
+    from verl_plugins.bridge.pickles import foreign  # imports torch, which a new run does later, beside other things
+
+    for path in sorted(checkpoint.rglob("*.pt")):
+        if wrong := foreign(path):
+            return f"{path.relative_to(checkpoint)} {wrong}"
+    return None
+
+
+def _changed(checkpoint: Path) -> str | None:
     if not (checkpoint / FILES).exists():
         return None
     try:

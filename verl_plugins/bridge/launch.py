@@ -7,10 +7,11 @@ import importlib
 import json
 import os
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -164,18 +165,28 @@ def write_run_folder(config: DictConfig, out: Path) -> None:
 
 def train(config: DictConfig, reporter: Reporter, terminal: Terminal, signals: Signals) -> None:
     """Run verl's task runner in this process, with our trainers and agent loop, on a Ray cluster."""
-    local = config.trainer.device == "cpu" and config.trainer.nnodes == 1
-    if config.trainer.nnodes == 1 and "RAY_ADDRESS" not in os.environ and not config.ray_kwargs.ray_init.get("address"):
-        os.environ.update(LOOPBACK)
-    with _local_ray(config, signals) if local else _ray(config) as node:
+    with _cluster(config, signals) as node:
         from verl_plugins.bridge.runner import PluginTaskRunner
-        from verl_plugins.bridge.watch import Watch
+        from verl_plugins.bridge.stopped import Stopped
+        from verl_plugins.bridge.watch import KINDS, Watch
 
         signals.install()
-        out = Path(config.trainer.default_local_dir)
+        out, node = Path(config.trainer.default_local_dir), node or {}
         give_up = partial(_give_up, terminal, out, signals)
-        with Watch(node or {}, out / LOG_FILE, signals.over, give_up):
+        with Stopped(node, KINDS, terminal.say), Watch(node, out / LOG_FILE, signals.over, give_up):
             PluginTaskRunner(reporter, signals).run(config)
+
+
+def _cluster(config: DictConfig, signals: Signals) -> AbstractContextManager[dict[int, str] | None]:
+    """Ray for this run: on one machine a node of its own, otherwise the cluster that is asked for."""
+    if config.trainer.nnodes > 1:
+        return _ray(config)
+    asked = "RAY_ADDRESS" in os.environ or config.ray_kwargs.ray_init.get("address")
+    if not asked:
+        os.environ.update(LOOPBACK)
+    if config.trainer.device == "cpu":
+        return _local_ray(config, signals)
+    return _ray(config) if asked else _own_ray(config, signals)
 
 
 @contextmanager
@@ -207,6 +218,23 @@ def _runtime(config: DictConfig, asked: dict[str, Any], py_executable: str | Non
 
 
 @contextmanager
+def _own_ray(config: DictConfig, signals: Signals) -> Iterator[dict[int, str]]:
+    """A Ray node of this run's own; everything temporary is in one folder, but for what torch compiles, which stays.
+
+    Yields the processes of the node, as the watch wants them.
+    """
+    compiled = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+    named = "RAY_TMPDIR" in os.environ or config.ray_kwargs.ray_init.get("_temp_dir")
+    with scratch() as folder:
+        signals.scratch = folder
+        with _ray(config, {} if named else {"_temp_dir": str(folder)}):
+            from verl_plugins.bridge.watch import of_node
+
+            yield of_node(os.getpid())
+
+
+@contextmanager
 def _local_ray(config: DictConfig, signals: Signals) -> Iterator[dict[int, str]]:
     """A Ray node of this run's own, started while this process imports; its workers are forked from this process.
 
@@ -229,7 +257,8 @@ def _local_ray(config: DictConfig, signals: Signals) -> Iterator[dict[int, str]]
         with preload.Preload(folder) as workers, _ray(config, options, workers.py_executable):
             from verl_plugins.bridge.watch import of_node
 
-            yield of_node(node.process.pid, workers.pid)
+            head = node.process.pid
+            yield {workers.pid: "the server that starts workers", **of_node(head), head: "Ray's head process"}
 
 
 def _validate(config: DictConfig) -> None:

@@ -156,13 +156,10 @@ def _runs(pid: int) -> bool:
         return False
 
 
-def of_node(head: int, preload: int) -> dict[int, str]:
-    """The processes of a local Ray node that a run cannot do without, and the server that forks its workers."""
-    found = {preload: "the server that starts workers"}
-    for child in psutil.Process(head).children():
-        kind = next((name for start, name in NODE.items() if child.name().startswith(start)), None)
-        found |= {child.pid: kind} if kind else {}
-    return {**found, head: "Ray's head process"}
+def of_node(parent: int) -> dict[int, str]:
+    """The processes of a Ray node on this machine that a run cannot do without, by who started them."""
+    children = [(child.pid, child.name()) for child in psutil.Process(parent).children()]
+    return {pid: kind for pid, name in children for start, kind in NODE.items() if name.startswith(start)}
 
 
 def last_words(log: Path, pid: int) -> str:
