@@ -11,8 +11,9 @@ import inspect
 import os
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
+from functools import lru_cache
 from importlib.machinery import PathFinder
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import Distribution, EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -276,17 +277,18 @@ def _from_import(entry: EntryPoint) -> Manifest:
 
 
 def _owned(entry: EntryPoint) -> dict[str, str]:
-    version = entry.dist.version if entry.dist else ""
-    return {
-        "name": entry.name,
-        "target": entry.value,
-        "distribution": _owner(entry),
-        "distribution_version": version,
-    }
+    name, version = _distribution(entry.dist)
+    return {"name": entry.name, "target": entry.value, "distribution": name, "distribution_version": version}
 
 
 def _owner(entry: EntryPoint) -> str:
-    return entry.dist.name if entry.dist else ""
+    return _distribution(entry.dist)[0]
+
+
+@lru_cache(maxsize=64)
+def _distribution(dist: Distribution | None) -> tuple[str, str]:
+    """Name and version; reading them means to parse the distribution's metadata, which all its entries share."""
+    return (dist.metadata["Name"], dist.metadata["Version"]) if dist else ("", "")
 
 
 def _cause(error: BaseException) -> str:

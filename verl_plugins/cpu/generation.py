@@ -100,7 +100,8 @@ def generate(
             alive = [alive[place] for place in keep]
             tokens, sampler = tokens[index], sampler.select(index)
             state.select(index)
-        state.advance(model, tokens)
+        done = torch.tensor([completions[row].finished for row in alive], device=model.device)
+        state.advance(model, tokens, done)
     return completions
 
 
@@ -116,12 +117,13 @@ class _State:
         self.cache.batch_select_indices(rows)
         self.mask = self.mask[rows]
 
-    def advance(self, model: PreTrainedModel, tokens: Tensor) -> None:
+    def advance(self, model: PreTrainedModel, tokens: Tensor, done: Tensor) -> None:
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
+        positions = (self.mask.sum(1) - 1).masked_fill(done, 0)  # who is done may be past the model's last position
         output = model(
             input_ids=tokens[:, None],
             attention_mask=self.mask,
-            position_ids=self.mask.sum(1, keepdim=True) - 1,
+            position_ids=positions[:, None],
             past_key_values=self.cache,
             use_cache=True,
         )

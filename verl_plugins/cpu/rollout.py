@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import ray
 import torch
 from omegaconf import DictConfig
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from verl.plugin.platform import get_platform
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.device import get_device_name
@@ -29,6 +30,8 @@ from verl_plugins.errors import DataError
 
 QUIET_SECONDS = 0.005
 """A wave starts when no request has arrived for this long."""
+EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<part>gate|up|down)_proj\.weight")
+"""A matrix of one expert, as verl sends it; the model keeps those of all experts of a layer in one tensor."""
 
 
 def _server_name(replica_rank: int) -> str:
@@ -84,7 +87,7 @@ class TransformersServer:
         settings: HFModelConfig = omega_conf_to_dataclass(model_config)
         self.tokenizer = settings.tokenizer
         self.model = _build_model(self.config, settings).to(get_device_name()).eval()
-        self._weights = dict(self.model.named_parameters(remove_duplicate=False))
+        self._weights = self.model.state_dict()
         self._queue: asyncio.Queue[tuple[Request, asyncio.Future]] = asyncio.Queue()
         self._running = asyncio.Event()
         self._running.set()
@@ -164,9 +167,7 @@ class TransformersServer:
         async with self._model_lock:
             with torch.no_grad():
                 for name, tensor in weights.items():
-                    if name not in self._weights:
-                        raise DataError(f"weight {name!r} of the actor does not exist in the rollout model")
-                    self._weights[name].copy_(tensor)
+                    place_of(name, self._weights).copy_(tensor)
 
     async def set_global_steps(self, global_steps: int | None) -> None:
         self._global_steps = global_steps
@@ -189,14 +190,34 @@ class TransformersServer:
     async def stop_profile(self) -> None: ...
 
 
+def place_of(name: str, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Where the actor's weight of this name belongs in a model's own `weights`.
+
+    Raises:
+        DataError: if the model has no such weight.
+    """
+    if name in weights:
+        return weights[name]
+    if expert := EXPERT.fullmatch(name):
+        packed = weights.get(f"{expert['experts']}.{'down' if expert['part'] == 'down' else 'gate_up'}_proj")
+        if packed is not None:
+            own = packed[int(expert["number"])]
+            return own if expert["part"] == "down" else own.chunk(2)[expert["part"] == "up"]
+    raise DataError(f"weight {name!r} of the actor does not exist in the rollout model")
+
+
 def _build_model(config: RolloutConfig, settings: HFModelConfig) -> torch.nn.Module:
-    """The model in the rollout's dtype; with load_format `dummy` its weights wait for the first weight sync."""
+    """The model in the rollout's dtype, of the actor's own configuration (`model.override_config` in it).
+
+    With load_format `dummy` its weights wait for the first weight sync.
+    """
     dtype = PrecisionType.to_dtype(config.dtype)
     options = {"trust_remote_code": settings.trust_remote_code}
     if config.load_format != "dummy":
-        return AutoModelForCausalLM.from_pretrained(settings.local_path, dtype=dtype, **options)
-    hf_config = AutoConfig.from_pretrained(settings.local_path, **options)
-    return AutoModelForCausalLM.from_config(hf_config, dtype=dtype, **options)
+        return AutoModelForCausalLM.from_pretrained(
+            settings.local_path, config=settings.hf_config, dtype=dtype, **options
+        )
+    return AutoModelForCausalLM.from_config(settings.hf_config, dtype=dtype, **options)
 
 
 class TransformersReplica(RolloutReplica):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 from verl.workers.config import RolloutConfig
 
 from verl_plugins import DataError
@@ -245,7 +246,10 @@ def server(model, tokenizer, tmp_path, monkeypatch) -> rollout.TransformersServe
     config = RolloutConfig(name="transformers", load_format="auto", dtype="float32", **limits)
     monkeypatch.setattr(rollout, "omega_conf_to_dataclass", lambda section: section)
     monkeypatch.setattr(rollout, "get_device_name", lambda: "cpu")
-    settings = SimpleNamespace(local_path=str(tmp_path), trust_remote_code=False, tokenizer=tokenizer)
+    hf_config = AutoConfig.from_pretrained(tmp_path)
+    settings = SimpleNamespace(
+        local_path=str(tmp_path), hf_config=hf_config, trust_remote_code=False, tokenizer=tokenizer
+    )
     return rollout.TransformersServer(config, settings, None)
 
 
