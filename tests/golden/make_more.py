@@ -15,6 +15,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import more_advantage
+
 DATA = Path(__file__).parent / "data"
 UID = ["b", "a", "pad-1", "b", "c", "a", "b", "pad-2", "a", "d", "d"]
 """c has a single response, two rows are padding."""
@@ -239,6 +241,8 @@ def main() -> None:
     write("siri", [siri()])
     write("ttrl", ttrl())
     write("vade", vade())
+    for method, found in more_advantage.cases().items():
+        write(method, found)
 
 
 if __name__ == "__main__":

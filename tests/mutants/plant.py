@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib.machinery
+import importlib.util
 import json
 import os
 import random
@@ -36,6 +37,8 @@ SWAPS = {
     *("Delete_Invert", "Delete_UAdd"),
 }
 """The replacements of operators that are made, of all that cosmic-ray knows."""
+EXAMPLES = 12
+"""Of each property, in place of what the test asks for."""
 WARM_UP = ("tests/unit/advantage/test_grpo.py", "tests/unit/sampling/test_sage.py")
 OTHERS = {
     *("NumberReplacer", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "ReplaceAndWithOr", "ReplaceOrWithAnd"),
@@ -122,7 +125,7 @@ class Finder:
             return None
         loader = Loader(name, str(ROOT / self.file))
         loader.changed = self.source
-        return importlib.machinery.ModuleSpec(name, loader, origin=loader.path)
+        return importlib.util.spec_from_file_location(name, loader.path, loader=loader)
 
 
 def golden_folder(methods: Sequence[str], folder: Path) -> None:
@@ -133,19 +136,49 @@ def golden_folder(methods: Sequence[str], folder: Path) -> None:
                 (folder / file.name).symlink_to(file)
 
 
+class Quick:
+    """A plugin of pytest: the tests that took least come first, of properties a few examples are tried.
+
+    Tests that go through several methods are run for this one.
+    """
+
+    def __init__(self, method: str, record: Path) -> None:
+        self.method, self.record, self.took = method, record, Counter()
+        self.known = json.loads(record.read_text()) if record.is_file() else {}
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        import hypothesis
+
+        items[:] = sorted(filter(self.is_about, items), key=lambda item: self.known.get(item.nodeid, 0))
+        for test in {getattr(item.obj, "__func__", item.obj) for item in items}:
+            if asked := getattr(test, "_hypothesis_internal_use_settings", None):
+                test._hypothesis_internal_use_settings = hypothesis.settings(
+                    asked,
+                    **{"max_examples": EXAMPLES, "derandomize": True, "database": None},
+                    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+                )
+
+    def is_about(self, item: Any) -> bool:
+        values = item.callspec.params if hasattr(item, "callspec") else {}
+        return item.path.name not in CONFIG["shared"] or values.get("name", self.method) == self.method
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.took[report.nodeid] += report.duration
+
+    def pytest_sessionfinish(self) -> None:
+        if not self.known:
+            self.record.write_text(json.dumps(self.took))
+
+
 def run_tests(file: Path, source: str, tests: Sequence[str], golden: Path) -> int:
     """pytest's exit status, in this process."""
-    import hypothesis
     import pytest
 
-    hypothesis.settings.register_profile(
-        "mutants", max_examples=12, derandomize=True, deadline=None, database=None, phases=list(hypothesis.Phase)[:3]
-    )
-    hypothesis.settings.load_profile("mutants")
     os.environ["VERL_PLUGINS_GOLDEN"] = str(golden)
     sys.meta_path.insert(0, Finder(file, source))
+    quick = Quick(file.stem, golden.with_suffix(".json"))
     paths = [*tests, *([str(GOLDEN)] if any(golden.iterdir()) else [])]
-    return int(pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *paths]))
+    return int(pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *paths], plugins=[quick]))
 
 
 def survives(file: Path, source: str, tests: Sequence[str], golden: Path, limit: float) -> bool:
@@ -180,9 +213,10 @@ def try_file(name: str, sample: int | None, seed: int, again: bool) -> Counter:
     known = json.loads(record.read_text()) if record.is_file() else {}
     equivalent = {f"{one['before']} => {one['after']}" for one in CONFIG["equivalent"].get(name) or []}
     found = [mutant for mutant in mutants(source) if mutant.key not in equivalent]
-    picked = found if sample is None else random.Random(seed).sample(found, min(sample, len(found)))
+    picked = random.Random(seed).sample(found, len(found))[:sample]
     with tempfile.TemporaryDirectory() as folder:
-        golden = Path(folder)
+        golden = Path(folder) / "golden"
+        golden.mkdir()
         golden_folder(entry.get("golden", []), golden)
         begun = time.monotonic()
         if not survives(file, source, entry["tests"], golden, 600):
@@ -226,11 +260,13 @@ def prepare() -> None:
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        golden_folder(["grpo"], Path(folder))
+        golden = Path(folder) / "golden"
+        golden.mkdir()
+        golden_folder(["grpo"], golden)
         file = Path("verl_plugins/advantage/grpo.py")
-        if run_tests(file, (ROOT / file).read_text(encoding="utf-8"), WARM_UP, Path(folder)):
+        if run_tests(file, (ROOT / file).read_text(encoding="utf-8"), WARM_UP, golden):
             sys.exit("the tests that warm up fail")
-    sys.meta_path.pop(0)
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, Finder)]
     own = [name for name, module in sys.modules.items() if is_own(getattr(module, "__file__", None))]
     for name in own:
         del sys.modules[name]
