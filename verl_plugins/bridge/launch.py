@@ -42,7 +42,7 @@ def launch(composed: Any, out: Path, verbose: bool = False, seen: Sequence[str] 
 
     `seen` is what the look at model, data and reward found, to be said first.
     """
-    started = time.time()
+    started = time.monotonic()
     out = Path(out).absolute()
     terminal = Terminal(out / LOG_FILE, verbose)
     with Signals(terminal.say) as signals, locked(out):

@@ -103,7 +103,7 @@ class Reporter:
     def step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
         """One finished training step."""
         values = {key: _number(value) for key, value in metrics.items()}
-        values |= {"seconds": values["timing_s/step"], "seconds_since_start": time.time() - self._started}
+        values |= {"seconds": values["timing_s/step"], "seconds_since_start": time.monotonic() - self._started}
         self._write({"step": step, **values})
         shown = {
             "reward": values.get("health/reward"),

@@ -18,6 +18,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from verl_plugins.composition.look.words import short
 from verl_plugins.errors import RunError
 
 INFRASTRUCTURE = ("math_verify",)
@@ -83,10 +84,20 @@ def read_run(argument: str) -> Run:
     steps = _steps(folder / "metrics.jsonl")
     if steps.empty:
         raise RunError(f"{folder / 'metrics.jsonl'} has no step yet; leave this run out or wait for its first step")
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    flat = {key: json.dumps(value, default=str) for key, value in _flat(config)}
+    flat = _config(folder / "config.yaml")
     seeds = {key: value for key, value in flat.items() if key.endswith("seed") and not key.startswith("plugins.")}
     return Run(folder, label or None, _settings(flat, folder), steps, seeds)
+
+
+def _config(file: Path) -> dict[str, str]:
+    """Keys with their values as JSON."""
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if isinstance(tree, dict):
+            return {key: json.dumps(value, default=str) for key, value in _flat(tree)}
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise RunError(f"{file} cannot be read ({short(error)}): leave this run out") from error
+    raise RunError(f"{file} is not a configuration: leave this run out")
 
 
 def _flat(tree: Mapping[str, Any], above: str = "") -> list[tuple[str, Any]]:
@@ -99,9 +110,10 @@ def _flat(tree: Mapping[str, Any], above: str = "") -> list[tuple[str, Any]]:
 
 def _steps(file: Path) -> pd.DataFrame:
     table: dict[int, dict[str, float]] = {}
-    whole, _, _ = file.read_text().rpartition("\n")  # a running training may be writing its next line
-    for line in whole.splitlines():
-        record = json.loads(line)
+    text = file.read_text(encoding="utf-8", errors="replace")
+    whole, _, _ = text.rpartition("\n")  # a running training may be writing its next line
+    for number, line in enumerate(whole.split("\n"), 1):
+        record = _record(line, f"{file}, line {number}")
         row = table.setdefault(record["step"], {})
         if "validation" in record:
             accuracy = [value for key, value in record["validation"].items() if "/acc/mean@" in key]
@@ -109,6 +121,16 @@ def _steps(file: Path) -> pd.DataFrame:
         else:
             row |= record
     return pd.DataFrame.from_dict(table, orient="index").sort_index()
+
+
+def _record(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+        if isinstance(record["step"], int) and isinstance(record.get("validation", {}), dict):
+            return record
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise RunError(f"{where} is not a step's record, as a run writes it: take the line out, or leave this run out")
 
 
 def _settings(flat: Mapping[str, str], folder: Path) -> dict[str, str]:

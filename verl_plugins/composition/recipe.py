@@ -236,8 +236,10 @@ def _preset(path: Path, owner: str) -> Preset:
 def _read(path: Path) -> dict[str, Any]:
     try:
         tree = _Loader(path.read_text(encoding="utf-8")).get_single_data()
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CompositionError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        json.dumps(tree, default=str, skipkeys=True)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        circular = "an alias stands inside what it names" if "Circular" in str(error) else ""
+        raise CompositionError(f"{path} cannot be read: {circular or ' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise CompositionError(f"{path}: the file must be a mapping")
     return tree

@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,36 @@ def test_a_folder_that_cannot_be_made(tmp_path, sentence, place) -> None:
     sentence(error.value, place.split("/")[-1], "--out")
 
 
+AS_SOMEONE = """
+import os, sys
+from pathlib import Path
+from verl_plugins.bridge.folder import locked, trouble
+from verl_plugins.errors import RunError
+os.setuid(12345)
+out = Path(sys.argv[1])
+print(trouble(out))
+try:
+    with locked(out):
+        pass
+except RunError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")
+@pytest.mark.parametrize("mode", [0o755, 0o555, 0o700])
+def test_another_users_folder_and_one_that_became_read_only(sentence, mode) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:
+        os.chmod(place, 0o755)
+        out = Path(place) / "run"
+        out.mkdir(mode=mode)
+        done = subprocess.run([sys.executable, "-c", AS_SOMEONE, str(out)], capture_output=True, text=True)
+    said = done.stdout.splitlines()
+    assert len(said) == 2, done.stderr
+    sentence(said[0], str(out), "can no longer be written")
+    sentence(said[1], str(out), "--out", "Permission denied")
+
+
 def record(step: int, **more: object) -> bytes:
     return json.dumps({"step": step, **more}).encode() + b"\n"
 
@@ -97,6 +129,17 @@ def test_a_run_that_starts_anew_counts_nothing_of_the_one_before(tmp_path) -> No
     reporter.step(1, 2, {"timing_s/step": 1.0})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1]
     assert len((tmp_path / "metrics.replaced.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_clock_that_is_set_back_does_not_turn_the_seconds_around(tmp_path, monkeypatch) -> None:
+    reporter = Reporter(lambda *_, **__: None, tmp_path, time.monotonic())
+    reporter.begin(0)
+    for step, seconds in ((1, 0), (2, -7200)):
+        now = time.time() + seconds
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        reporter.step(step, 2, {"timing_s/step": 1.0})
+    since = [json.loads(line)["seconds_since_start"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert 0 <= since[0] <= since[1] < 60
 
 
 def test_the_line_of_a_step_shows_reward_and_accuracy_over_the_same_rows(tmp_path) -> None:

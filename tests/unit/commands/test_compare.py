@@ -287,3 +287,41 @@ def test_what_is_no_run_is_refused(make, tmp_path: Path, sentence) -> None:
     with pytest.raises(RunError) as error:
         compare([make("b")], tmp_path / "out", ["health/acuracy"])
     sentence(error.value, "--metric health/acuracy", "did you mean 'health/accuracy'")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "!!python/object/apply:os.mkdir [made]",
+        "a: !!python/name:os.system",
+        "{broken",
+        "- a",
+        "",
+        "a: &a [*a]",
+        "a: &a {b: *a}",
+        "a: {[1]: 2}",
+    ],
+)
+def test_a_configuration_that_is_none_is_named_and_runs_nothing(
+    make, tmp_path: Path, monkeypatch, sentence, text: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path(make("a"))
+    (folder / "config.yaml").write_text(text)
+    with pytest.raises(RunError) as error:
+        read_run(str(folder))
+    sentence(error.value, "config.yaml", "leave this run out")
+    assert not Path("made").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["null", "[]", "3", "{}", '{"step": "1"}', '{"step": 1, "validation": 3}', "{", "", "\x00" * 9, "[" * 99_999],
+)
+def test_a_line_that_is_no_step_is_named(make, sentence, line: str) -> None:
+    folder = Path(make("a"))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(f"{line}\n{{}}")
+    with pytest.raises(RunError) as error:
+        read_run(str(folder))
+    sentence(error.value, f"metrics.jsonl, line {STEPS + 3}")

@@ -183,6 +183,8 @@ class TestFiles:
             ("recipe: {stages: [observ]}", ["'observ'", "did you mean 'observe'?"]),
             ("recipe: {title: A}\nrecipe: {title: B}", ["'recipe' is given twice"]),
             ("recipe: {title: A", ["cannot be read"]),
+            (ABOUT + "trainer: &a {x: *a}", ["an alias stands inside what it names"]),
+            (ABOUT + "plugins: {grpo: &a {epsilon: [*a]}}", ["an alias stands inside what it names"]),
             (ABOUT + "trainer: {nnodez: 1}", ["'trainer.nnodez'", "did you mean 'trainer.nnodes'", "'+nnodez'"]),
             (ABOUT + "trainer: 3", ["'trainer' is a section"]),
             (ABOUT + "plugins: [grpo]", ["plugins must be a mapping"]),
@@ -208,6 +210,25 @@ class TestFiles:
     def test_preset(self, site, sentence, text: str, parts: list[str]) -> None:
         folder = site.recipes("acme", presets__ours=text)
         refused(sentence, [str(folder / "presets" / "ours.yaml"), *parts], "grpo", preset="ours")
+
+    @pytest.mark.parametrize(
+        "tagged",
+        [
+            "!!python/object/apply:os.mkdir [made]",
+            "!!python/object/new:os.mkdir [made]",
+            "!!python/name:os.system",
+            "!!python/module:os",
+            "!!python/tuple [1, 2]",
+            "!own 3",
+        ],
+    )
+    def test_tags_make_nothing(self, site, sentence, monkeypatch, tmp_path, tagged: str) -> None:
+        monkeypatch.chdir(tmp_path)
+        text = f"trainer:\n  total_epochs: {tagged}\n"
+        folder = site.recipes("acme", mine=ABOUT + text, presets__ours=PRESET + text)
+        refused(sentence, [str(folder / "mine.yaml"), "could not determine a constructor"], "mine")
+        refused(sentence, [str(folder / "presets" / "ours.yaml"), "could not determine"], "grpo", preset="ours")
+        assert not (tmp_path / "made").exists()
 
     def test_keys_may_be_added_in_free_sections_and_with_a_plus(self, site) -> None:
         text = """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 from pathlib import Path
 
 import models
@@ -138,3 +140,56 @@ def test_a_reward_function_of_the_user_scores(tmp_path: Path, data: Path, senten
     with pytest.raises(CompositionError) as error:
         looked(data, model, asked, "reward.custom_reward_function.name=compute_scor")
     sentence(error.value, "did you mean 'compute_score'?")
+
+
+class Makes:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (self.folder,)
+
+
+def pickled(where: str, bomb: bytes) -> pa.Table:
+    """Rows with a pickled object in the place of a value, of a column, or of what says how to read a column."""
+    made = rows()
+    if where == "extension":
+        table = pa.Table.from_pylist(made)
+        about = {b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": bomb}
+        return table.append_column(pa.field("odd", pa.int64(), metadata=about), pa.array(range(len(made))))
+    for row in made:
+        if where == "content":
+            row["prompt"][-1] = {**row["prompt"][-1], "content": bomb}
+        elif where == "ground_truth":
+            row["reward_model"] = {**row["reward_model"], "ground_truth": bomb}
+        else:
+            row[where] = bomb
+    return pa.Table.from_pylist(made)
+
+
+@pytest.mark.parametrize(
+    "where", ["prompt", "content", "data_source", "reward_model", "ground_truth", "extra_info", "extension", "another"]
+)
+def test_pickled_objects_in_a_file_are_refused_or_left_alone(tmp_path: Path, sentence, where: str) -> None:
+    bomb, file = pickle.dumps(Makes(tmp_path / "made")), tmp_path / "a.parquet"
+    pq.write_table(pickled(where, bomb), file)
+    model = models.write(tmp_path / "model")
+    if where in ("extension", "another"):
+        assert looked(file, model)
+    else:
+        with pytest.raises(CompositionError) as error:
+            looked(file, model)
+        sentence(error.value, "data.train_files", "a.parquet")
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"\x80\x04\x95", b"PAR1" + bytes(20) + b"PAR1", b"\x1f\x8b\x08"])
+@pytest.mark.parametrize("ending", ["parquet", "json", "jsonl"])
+def test_a_file_that_is_something_else(tmp_path: Path, sentence, content: bytes, ending: str) -> None:
+    file = tmp_path / f"a.{ending}"
+    file.write_bytes(content)
+    with pytest.raises(CompositionError) as error:
+        looked(file, models.write(tmp_path / "model"))
+    sentence(error.value, "data.train_files", f"a.{ending} cannot be read")
