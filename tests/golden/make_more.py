@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import more_advantage
+import more_loss
 
 DATA = Path(__file__).parent / "data"
 UID = ["b", "a", "pad-1", "b", "c", "a", "b", "pad-2", "a", "d", "d"]
@@ -241,8 +242,9 @@ def main() -> None:
     write("siri", [siri()])
     write("ttrl", ttrl())
     write("vade", vade())
-    for method, found in more_advantage.cases().items():
-        write(method, found)
+    of_losses = more_loss.cases()
+    for method, found in (of_losses | more_advantage.cases()).items():
+        write(method, [*found, *(of_losses.get(method, []) if method in more_advantage.cases() else [])])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import gc
 import importlib.machinery
 import importlib.util
 import json
@@ -24,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
@@ -162,6 +164,12 @@ class Quick:
         values = item.callspec.params if hasattr(item, "callspec") else {}
         return item.path.name not in CONFIG["shared"] or values.get("name", self.method) == self.method
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_makereport(self, call: Any) -> None:
+        """A changed file that fails a test is noticed: the rest, and the report, can be saved."""
+        if self.known and call.excinfo and not call.excinfo.errisinstance(pytest.skip.Exception):
+            os._exit(1)
+
     def pytest_runtest_logreport(self, report: Any) -> None:
         self.took[report.nodeid] += report.duration
 
@@ -172,13 +180,13 @@ class Quick:
 
 def run_tests(file: Path, source: str, tests: Sequence[str], golden: Path) -> int:
     """pytest's exit status, in this process."""
-    import pytest
-
     os.environ["VERL_PLUGINS_GOLDEN"] = str(golden)
     sys.meta_path.insert(0, Finder(file, source))
     quick = Quick(file.stem, golden.with_suffix(".json"))
     paths = [*tests, *([str(GOLDEN)] if any(golden.iterdir()) else [])]
-    return int(pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *paths], plugins=[quick]))
+    without = [f"no:{name}" for name in ("cacheprovider", "unraisableexception", "threadexception")]
+    options = [part for name in without for part in ("-p", name)]
+    return int(pytest.main(["-x", "-q", "-n", "0", "--assert=plain", *options, *paths], plugins=[quick]))
 
 
 def survives(file: Path, source: str, tests: Sequence[str], golden: Path, limit: float) -> bool:
@@ -270,6 +278,8 @@ def prepare() -> None:
     own = [name for name, module in sys.modules.items() if is_own(getattr(module, "__file__", None))]
     for name in own:
         del sys.modules[name]
+    gc.collect()
+    gc.freeze()
 
 
 def is_own(path: str | None) -> bool:
