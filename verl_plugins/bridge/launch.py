@@ -258,7 +258,7 @@ def _local_ray(config: DictConfig, signals: Signals) -> Iterator[dict[int, str]]
             from verl_plugins.bridge.watch import of_node
 
             head = node.process.pid
-            yield {workers.pid: "the server that starts workers", **of_node(head), head: "Ray's head process"}
+            yield {workers.pid: "the server that starts workers", head: "Ray's head process", **of_node(head)}
 
 
 def _validate(config: DictConfig) -> None:

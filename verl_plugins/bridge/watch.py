@@ -122,6 +122,7 @@ class Watch:
             self._give_up(self._sentence)
 
     def _node_died(self) -> tuple[str, int] | None:
+        """The first that is dead; those that take others with them stand before these."""
         for pid, who in self._node.items():
             if not _runs(pid):
                 return who, pid

@@ -96,6 +96,16 @@ def test_a_dead_process_of_the_node_ends_the_driver_at_once(actors, process, tmp
     sentence(said[0], f"Ray's raylet (pid {process.pid}) died")
 
 
+def test_of_several_that_are_dead_the_one_that_took_the_others_along_is_named(actors, process, tmp_path) -> None:
+    """The head process stands before what it has started."""
+    said: list[str] = []
+    process.kill()
+    process.wait()
+    with watched({process.pid: "Ray's head process", 999_999_999: "Ray's raylet"}, tmp_path, said.append):
+        time.sleep(0.5)
+    assert len(said) == 1 and said[0].startswith("Ray's head process")
+
+
 @pytest.mark.parametrize("inside", ["", "create_colocated_worker_cls.<locals>."])
 @pytest.mark.parametrize("name", watch.KINDS)
 def test_a_dead_actor_is_named_with_its_last_words(actors, tmp_path, sentence, name, inside) -> None:
