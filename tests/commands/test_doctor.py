@@ -6,13 +6,17 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from verl_plugins.commands import doctor as checks
+from verl_plugins.commands.cli import app
+from verl_plugins.composition import scratch
 from verl_plugins.composition.compose import compose
 
 COMMAND = Path(sys.executable).with_name("verl-plugins")
@@ -34,6 +38,21 @@ def test_a_healthy_machine() -> None:
     for what in ("Python", "verl-plugins", "torch", "verl", "machine", "cache", "plugins", "recipes", "preset cpu"):
         assert found[what]["state"] == "ok", found[what]
     assert all(finding["mend"] for finding in found.values() if finding["state"] != "ok")
+
+
+def test_what_killed_runs_left_is_told_and_removed_on_demand(monkeypatch) -> None:
+    with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as place:
+        dead, other = Path(place) / "vp_dead", Path(place) / "vp_other"
+        for folder in (dead, other):
+            folder.mkdir()
+        (dead / scratch.OWNER).write_text('{"pid": 999999999, "started": 0}')
+        monkeypatch.setattr(scratch, "_places", lambda: iter([Path(place)]))
+        (finding,) = [one for one in checks._environment() if one.what == "leftovers"]
+        assert finding.state == "absent" and "1 temporary folders" in finding.found and "--clean" in finding.mend
+        done = CliRunner().invoke(app, ["doctor", "--clean"])
+        assert (done.exit_code, done.output) == (0, "removed 1 temporary folders of killed runs\n")
+        assert [path.name for path in Path(place).iterdir()] == ["vp_other"]
+        assert not [one for one in checks._environment() if one.what == "leftovers"]
 
 
 def test_what_is_broken_is_named_with_its_cure(site, tmp_path: Path) -> None:

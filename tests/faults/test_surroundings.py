@@ -96,7 +96,7 @@ def test_a_clock_that_is_set_back_and_a_home_that_cannot_be_written(start, tmp_p
     run = start(env=env).until(1)
     flag.touch()
     run.until(4).process.send_signal(signal.SIGTERM)
-    assert run.ended() == 143
+    assert run.ended(180) == 143
     records = Training(run.out, 143, run.output).steps
     since = [record["seconds_since_start"] for record in records]
     assert since == sorted(since) and since[0] > 0 and all(record["seconds"] > 0 for record in records)

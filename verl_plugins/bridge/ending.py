@@ -20,6 +20,9 @@ from verl_plugins.bridge.intact import latest_step
 
 NAMES = {signal.SIGINT: "^C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
 
+KILLED_SECONDS = 3.0
+"""How long is waited for killed processes to be gone, which they are at once unless the system is stuck."""
+
 
 class Interrupted(KeyboardInterrupt):
     """A signal asked the run to end at once."""
@@ -73,11 +76,14 @@ class Signals:
 
 
 def end_now(code: int, scratch: Path | None) -> None:
-    """End every process that this one started, remove their temporary folder, exit; nothing is waited for."""
+    """Kill every process that this one started, remove their temporary folder, exit."""
+    family: list[psutil.Process] = []
     with contextlib.suppress(psutil.Error):
-        for child in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                child.kill()
+        family = psutil.Process().children(recursive=True)
+    for child in family:
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    psutil.wait_procs(family, timeout=KILLED_SECONDS)  # one that lives may write to the folder while it is removed
     if scratch is not None:
         shutil.rmtree(scratch, ignore_errors=True)
     os._exit(code)
