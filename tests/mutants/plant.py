@@ -213,14 +213,23 @@ def survives(file: Path, source: str, tests: Sequence[str], golden: Path, limit:
     return False
 
 
+def is_none(name: str, mutant: Mutant) -> bool:
+    """Whether the configuration says why this change is no error."""
+    before, after = ("".join(text.split()) for text in (mutant.before, mutant.after))
+    for rule in CONFIG["rules"]:
+        if "".join(rule["in"].split()) in before and before.replace(*map(str, rule["change"]), 1) == after:
+            return True
+    same = [one for one in CONFIG["equivalent"].get(name) or [] if one["before"] == mutant.before]
+    return any(one.get("after", mutant.after) == mutant.after for one in same)
+
+
 def try_file(name: str, sample: int | None, seed: int, again: bool) -> Counter:
     """Tries the changes of one file that have not been tried, or those that survived; prints what survives."""
     file, entry = Path(name), CONFIG["files"][name]
     source = (ROOT / file).read_text(encoding="utf-8")
     record = RESULTS / f"{file.stem}.json"
     known = json.loads(record.read_text()) if record.is_file() else {}
-    equivalent = {f"{one['before']} => {one['after']}" for one in CONFIG["equivalent"].get(name) or []}
-    found = [mutant for mutant in mutants(source) if mutant.key not in equivalent]
+    found = [mutant for mutant in mutants(source) if not is_none(name, mutant)]
     picked = random.Random(seed).sample(found, len(found))[:sample]
     with tempfile.TemporaryDirectory() as folder:
         golden = Path(folder) / "golden"

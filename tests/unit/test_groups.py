@@ -64,6 +64,19 @@ class TestAgainstPlainPython:
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
 
     @FEW
+    @given(grouped(), st.booleans())
+    def test_moments(self, rows, unbiased):
+        labels, values, counted = rows
+        groups, reference = Groups(labels, counted), members(*rows)
+        deviation = statistics.stdev if unbiased else statistics.pstdev
+        means = [statistics.fmean(reference[label]) if reference[label] else 0.0 for label in labels]
+        stds = [deviation(reference[label]) if len(reference[label]) > 1 else 0.0 for label in labels]
+        mean, std = groups.moments(values, unbiased)
+        torch.testing.assert_close(mean, torch.tensor(means, dtype=torch.float64), rtol=1e-9, atol=1e-7)
+        torch.testing.assert_close(std, torch.tensor(stds, dtype=torch.float64), rtol=1e-9, atol=1e-7)
+        assert torch.equal(groups.std(values, unbiased), std)
+
+    @FEW
     @given(grouped())
     def test_rank(self, rows):
         labels, values, counted = rows

@@ -90,6 +90,14 @@ class TestConfidence:
         found = confidence(log_probs, torch.ones_like(log_probs).bool(), 0.2)
         assert float(found.log()) == pytest.approx(-sum(range(tokens - k + 1, tokens + 1)) / k)
 
+    @pytest.mark.parametrize("share", [0.1, 0.35, 0.5, 0.9, 1.0])
+    def test_long_responses(self, share):
+        log_probs = -torch.rand(3, 400, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        k = math.ceil(400 * share - 1e-6)
+        expected = [math.exp(sum(sorted(row)[:k]) / k) for row in log_probs.tolist()]
+        found = confidence(log_probs, torch.ones_like(log_probs).bool(), share)
+        assert found.tolist() == pytest.approx(expected)
+
     def test_impossible_tokens_and_empty_rows(self):
         log_probs = torch.tensor([[-torch.inf, -1.0], [-1.0, -1.0]])
         mask = torch.tensor([[True, True], [False, False]])

@@ -305,6 +305,12 @@ class TestTracking:
         assert torch.equal(batch, estimate(*hard, quantiles="batch", credit="uniform", scale="none"))
         assert ((track_ < mix) & (mix <= batch)).all()
 
+    def test_before_the_first_step_there_is_no_mean_to_subtract(self):
+        rows = prompts_of([0, 1, 0, 3], [1, 0, 1, 2])
+        for objective in ("mixed", "rvar"):
+            one, other = (estimate(*rows, objective=objective, mean_baseline=flag) for flag in (True, False))
+            assert torch.equal(one, other)
+
     def test_a_resumed_run_goes_on_as_if_never_interrupted(self):
         rows, later = prompts_of([0, 1, 0], [1, 0, 1]), prompts_of([1, 1, 0], [0, 0, 0])
         plugin, resumed, fresh = method(), method(), method()
@@ -333,6 +339,16 @@ class TestRefusals:
         with pytest.raises(CompositionError) as error:
             method(**options).check(OmegaConf.create(config))
         sentence(error.value, names)
+
+    @pytest.mark.parametrize(
+        "other", [{"credit": "std"}, {"scale": "std"}, {"natural_baseline_adv": True}, {"mean_baseline": True}]
+    )
+    def test_the_papers_formula_takes_nothing_of_the_codes(self, other, sentence):
+        plain = {"objective": "paper", "credit": "uniform", "scale": "none"}
+        method(**plain).check(OmegaConf.create({}))
+        with pytest.raises(CompositionError) as error:
+            method(**plain | other).check(OmegaConf.create({}))
+        sentence(error.value, *other)
 
     @pytest.mark.parametrize(("credit", "warned"), [("sum-mean", True), ("std", False)])
     def test_a_pair_the_authors_avoid_is_warned_of(self, credit, warned, caplog):
