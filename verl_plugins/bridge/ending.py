@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import shutil
 import signal
 import sys
 import threading
@@ -17,6 +16,7 @@ from typing import Any
 import psutil
 
 from verl_plugins.bridge.intact import latest_step
+from verl_plugins.composition.scratch import remove
 
 NAMES = {signal.SIGINT: "^C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
 
@@ -85,7 +85,7 @@ def end_now(code: int, scratch: Path | None) -> None:
             child.kill()
     psutil.wait_procs(family, timeout=KILLED_SECONDS)  # one that lives may write to the folder while it is removed
     if scratch is not None:
-        shutil.rmtree(scratch, ignore_errors=True)
+        remove(scratch)
     os._exit(code)
 
 

@@ -7,6 +7,7 @@ whose owner is gone from one in use, also where process ids mean something else 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -31,7 +32,7 @@ def scratch() -> Iterator[Path]:
     """A temporary folder of this process's own; Python's `tempfile` points into it, here and in child processes."""
     place = _place()
     for folder in leftovers(place):
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
     lock = _own(folder)
     inside = folder / "t"
@@ -45,7 +46,7 @@ def scratch() -> Iterator[Path]:
         os.environ.pop("TMPDIR")
         if before[0] is not None:
             os.environ["TMPDIR"] = before[0]
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         os.close(lock)
 
 
@@ -60,8 +61,23 @@ def clean() -> list[Path]:
     """Remove what killed runs left; returns the folders."""
     gone = leftovers()
     for folder in gone:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
     return gone
+
+
+def remove(folder: Path) -> None:
+    """Remove the temporary folder of a run that has ended.
+
+    Who owned it goes last: what cannot be removed now, because a process is still writing there, the next run can.
+    """
+    with contextlib.suppress(OSError):
+        for inside in folder.iterdir():
+            if inside.is_dir() and not inside.is_symlink():
+                shutil.rmtree(inside, ignore_errors=True)
+            elif inside.name != OWNER:
+                inside.unlink(missing_ok=True)
+        if [inside.name for inside in folder.iterdir()] in ([], [OWNER]):
+            shutil.rmtree(folder)
 
 
 def _own(folder: Path) -> int:

@@ -57,6 +57,20 @@ def test_what_a_killed_run_left_is_removed_by_the_next(place) -> None:
         assert list(place.iterdir()) == [other]
 
 
+def test_what_is_still_written_to_while_it_is_removed_is_removed_by_the_next(place, monkeypatch) -> None:
+    folder = place / "vp_other"
+    (folder / "session" / "logs").mkdir(parents=True)
+    (folder / "s").touch()
+    (folder / "link").symlink_to(place)
+    (folder / OWNER).write_text('{"pid": 999999999, "started": 0}')
+    with monkeypatch.context() as patch:
+        patch.setattr(scratch.shutil, "rmtree", lambda *_, **__: None)  # finds a new file each time
+        scratch.remove(folder)
+    assert sorted(path.name for path in folder.iterdir()) == [OWNER, "session"]
+    assert scratch.clean() == [folder] and list(place.iterdir()) == []
+    scratch.remove(folder)  # is gone
+
+
 @pytest.mark.parametrize("owner", [None, "", "{}", "[]", '{"pid": 1, "started": 0}', "\x00"])
 def test_what_is_not_surely_a_dead_runs_stays(place, owner) -> None:
     folder = place / "vp_other"
