@@ -17,6 +17,7 @@ import psutil
 
 from verl_plugins.bridge.intact import latest_step
 from verl_plugins.composition.scratch import remove
+from verl_plugins.cpu.head import members
 
 NAMES = {signal.SIGINT: "^C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
 
@@ -44,6 +45,8 @@ class Signals:
         self.saves = False
         """Whether a step is going on at whose end a checkpoint can be saved; the trainer says so."""
         self.scratch: Path | None = None
+        self.node: int | None = None
+        """The head process of the run's own Ray node."""
         self.over = threading.Event()
         """Set when everything of the run has ended."""
         self._say = say
@@ -68,25 +71,26 @@ class Signals:
     def _arrived(self, number: int, _: FrameType | None) -> None:
         if self.asked is not None:
             self._say(f"{NAMES[number]} again: ended without waiting")
-            end_now(128 + number, self.scratch)
+            self.end_now(128 + number)
         self.asked = number
         if number == signal.SIGINT or not self.saves:
             raise Interrupted(number)
         self._say(f"{NAMES[number]}: the run ends after this step and saves it; once more ends it now")
 
-
-def end_now(code: int, scratch: Path | None) -> None:
-    """Kill every process that this one started, remove their temporary folder, exit."""
-    family: list[psutil.Process] = []
-    with contextlib.suppress(psutil.Error):
-        family = psutil.Process().children(recursive=True)
-    for child in family:
+    def end_now(self, code: int) -> None:
+        """Kill every process of the run, remove their temporary folder, exit."""
+        self.over.set()  # nobody shall wonder at the deaths
+        family: list[psutil.Process] = []
         with contextlib.suppress(psutil.Error):
-            child.kill()
-    psutil.wait_procs(family, timeout=KILLED_SECONDS)  # one that lives may write to the folder while it is removed
-    if scratch is not None:
-        remove(scratch)
-    os._exit(code)
+            family = psutil.Process().children(recursive=True)
+        family += members(self.node) if self.node else []
+        for child in family:
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+        psutil.wait_procs(family, timeout=KILLED_SECONDS)  # one that lives may write to the folder while it is removed
+        if self.scratch is not None:
+            remove(self.scratch)
+        os._exit(code)
 
 
 def how_to_go_on(out: Path) -> str:

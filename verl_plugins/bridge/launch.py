@@ -20,7 +20,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from verl_plugins.bridge import RUN_VARIABLE, census
-from verl_plugins.bridge.ending import Interrupted, Signals, end_now, how_to_go_on
+from verl_plugins.bridge.ending import Interrupted, Signals, how_to_go_on
 from verl_plugins.bridge.environment import of_this_run
 from verl_plugins.bridge.folder import locked, trouble
 from verl_plugins.bridge.intact import latest_step, resumed_from
@@ -110,7 +110,7 @@ def _give_up(terminal: Terminal, out: Path, signals: Signals, text: str) -> None
     _tell(terminal, out, text)
     with suppress(OSError, ValueError):
         faulthandler.dump_traceback()
-    end_now(1, signals.scratch)
+    signals.end_now(1)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -244,7 +244,7 @@ def _local_ray(config: DictConfig, signals: Signals) -> Iterator[dict[int, str]]
 
     settings = config.ray_kwargs.ray_init
     with scratch() as folder, head.started(folder, settings.num_cpus, settings.num_gpus) as node:
-        signals.scratch = folder
+        signals.scratch, signals.node = folder, node.process.pid
         for module in ("torch", "transformers", "datasets", "pandas"):
             importlib.import_module(module)
         with node.announced():

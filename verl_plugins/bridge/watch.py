@@ -98,7 +98,7 @@ class Watch:
 
     def _look_at_node(self) -> None:
         while not self._done.wait(NODE_SECONDS) and not self._dead.is_set():
-            if (found := self._node_died()) and not self._done.is_set():
+            if (found := self._node_died()) and not self._done.is_set() and not self._over.is_set():
                 self._sentence = f"{found[0]} (pid {found[1]}) died{self._circumstances(found[1])}"
                 self._dead.set()
                 self._give_up(self._sentence)

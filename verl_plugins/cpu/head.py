@@ -26,7 +26,8 @@ from verl_plugins.errors import PluginError
 
 FIRST_JOB = "01000000"
 """The id a new cluster gives its first driver."""
-START_SECONDS = 60
+START_SECONDS = 300
+"""On a busy machine; a node that gives up is noticed at once."""
 PR_SET_PDEATHSIG = 1
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "GLOO_SOCKET_IFNAME": "lo"}
 """Keeps Ray's node address, and with it every socket of a run, at 127.0.0.1; else Ray takes the network's for it.
@@ -95,7 +96,7 @@ def _not_started() -> PluginError:
 
 def _stop(process: subprocess.Popen) -> None:
     """Ask the node to end its processes, and make sure of it."""
-    family = [process, *_family(process.pid)]
+    family = [process, *members(process.pid)]
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=5)
@@ -104,11 +105,14 @@ def _stop(process: subprocess.Popen) -> None:
             member.kill()
 
 
-def _family(pid: int) -> list[psutil.Process]:
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
+def members(pid: int) -> list[psutil.Process]:
+    """The processes of a node, by its head process: nobody's children once that is dead, but still of its session."""
+    found: dict[int, psutil.Process] = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid != pid and os.getsid(process.pid) == pid:
+                found |= {one.pid: one for one in (process, *process.children(recursive=True))}
+    return list(found.values())
 
 
 def _end_with_parent() -> None:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from ray.core.generated import common_pb2
 
@@ -106,6 +107,14 @@ def test_of_several_that_are_dead_the_one_that_took_the_others_along_is_named(ac
     assert len(said) == 1 and said[0].startswith("Ray's head process")
 
 
+def test_deaths_while_everything_is_being_ended_are_no_news(actors, process, tmp_path) -> None:
+    over = threading.Event()
+    with Watch({process.pid: "Ray's raylet"}, tmp_path, over, never):
+        over.set()
+        process.kill()
+        time.sleep(0.5)
+
+
 @pytest.mark.parametrize("inside", ["", "create_colocated_worker_cls.<locals>."])
 @pytest.mark.parametrize("name", watch.KINDS)
 def test_a_dead_actor_is_named_with_its_last_words(actors, tmp_path, sentence, name, inside) -> None:
@@ -189,6 +198,29 @@ with Signals(print) as signals:
             os.kill(os.getpid(), number)
             time.sleep(0.1)
 """
+
+
+NOW = """
+import subprocess, sys, time
+from pathlib import Path
+from verl_plugins.bridge.ending import Signals
+from verl_plugins.composition.scratch import scratch
+node = subprocess.Popen(["bash", "-c", "sleep 61 & wait"], start_new_session=True)
+time.sleep(0.3)
+node.kill()
+subprocess.Popen(["sleep", "62"])
+with Signals(print) as signals, scratch() as folder:
+    signals.scratch, signals.node = folder, node.pid
+    print(folder, flush=True)
+    signals.end_now(7)
+"""
+
+
+def test_ended_at_once_nothing_is_left_even_of_a_node_whose_head_is_dead() -> None:
+    done = subprocess.run([sys.executable, "-c", NOW], stdout=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 7 and not Path(done.stdout.strip()).exists()
+    words = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    assert not {"sleep 61", "sleep 62"} & {*words}
 
 
 @pytest.mark.parametrize(

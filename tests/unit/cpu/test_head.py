@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
+from verl_plugins.cpu import head
 from verl_plugins.cpu.head import Head
 from verl_plugins.errors import PluginError
 
@@ -35,3 +38,17 @@ def test_a_node_that_gave_up(question, gave_up, sentence):
 
 def test_a_running_node(running):
     running.check()
+
+
+def test_what_a_dead_head_process_has_started_is_still_found_and_ended() -> None:
+    words = ["bash", "-c", "sleep 60 & bash -c 'sleep 60 & wait' & echo; wait"]
+    process = subprocess.Popen(words, start_new_session=True, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    time.sleep(0.5)
+    process.kill()
+    process.wait()
+    left = head.members(process.pid)
+    assert sorted(one.name() for one in left) == ["bash", "sleep", "sleep"]
+    head._stop(process)
+    _, alive = psutil.wait_procs(left, timeout=5)
+    assert alive == [] and head.members(process.pid) == []
