@@ -66,6 +66,8 @@ class Batch:
         turns = torch.as_tensor(fields.pop("turn", [0] * len(uid)))
         keys = [f"{u}_{s}_{t}" for u, s, t in zip(uid, sessions.tolist(), turns.tolist(), strict=True)]
         tokenizer, budget = fields.pop("tokenizer", None), fields.pop("budget", None)
+        if "truncated" in fields:
+            fields["__truncated__"] = fields.pop("truncated")
         batch = cls(TensorSource(keys, fields), tokenizer=tokenizer, budget=budget, full=full)
         batch.uid, batch.session, batch.turn = np.asarray(uid, dtype=object), sessions, turns
         return batch
@@ -238,7 +240,9 @@ class Batch:
 
     @cached_property
     def truncated(self) -> Tensor:
-        """[B] bool: the response used up its budget without ending."""
+        """[B] bool: something cut the response off, whatever it was; where nobody told, its budget was used up."""
+        with contextlib.suppress(KeyError):
+            return torch.as_tensor(self._source.fetch("__truncated__")).bool()
         last = self.responses.gather(1, (self.lengths.clamp(min=1) - 1)[:, None])[:, 0]
         return (self.lengths >= self.budgets) & (last != self._tokenizer.eos_token_id)
 

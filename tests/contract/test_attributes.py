@@ -14,8 +14,9 @@ import pytest
 from verl.workers.rollout.llm_server import LLMServerManager
 
 from verl_plugins.bridge.actor import PluginActorWorker
+from verl_plugins.bridge.loops import SingleTurn, ToolLoop
 from verl_plugins.bridge.reward import PluginRewardManager
-from verl_plugins.bridge.rollout import PluginAgentLoopManager, PluginAgentLoopWorker, _SingleTurn
+from verl_plugins.bridge.rollout import PluginAgentLoopManager, PluginAgentLoopWorker
 from verl_plugins.bridge.runner import PluginTaskRunner
 from verl_plugins.bridge.trainer import TRAINERS
 from verl_plugins.cpu.client import SingleServerClient, SingleServerFullyAsyncClient
@@ -27,7 +28,8 @@ DERIVED = [
     PluginRewardManager,
     PluginAgentLoopManager,
     PluginAgentLoopWorker,
-    _SingleTurn,
+    SingleTurn,
+    ToolLoop,
     PluginTaskRunner,
     SingleServerClient,
     SingleServerFullyAsyncClient,

@@ -456,24 +456,29 @@ class TestRows:
     @pytest.mark.parametrize("turns", [1, 2])
     def test_same_keys_fields_and_tags(self, stored: list[dict[str, Any]], turns: int) -> None:
         asyncio.run(worker()._agent_loop_postprocess(session(turns), False, **columns()))
-        ours = rows.session_rows(worker(), session(turns), columns())
+        outputs = session(turns)
+        for turn, output in enumerate(outputs):
+            output.extra_fields["truncated"] = turn == 0
+        ours = rows.session_rows(worker(), outputs, columns())
         asyncio.run(rows.Publisher().publish("train", ours, "17-4-0", "finished"))
         verls, mine, status = stored
         assert (mine["keys"], mine["partition"], mine["tags"]) == (verls["keys"], verls["partition"], verls["tags"])
         assert mine["fields"].batch_size == verls["fields"].batch_size
         extra, omitted = set(mine["fields"].keys()), set(verls["fields"].keys())
-        assert extra - omitted == {rows.VERDICT}
+        assert extra - omitted == {rows.VERDICT, rows.TRUNCATED}
         assert omitted - extra <= set(rows.USELESS)
         asked = {rows.ROLLOUT_N: 8, rows.MAX_TOKENS: 16}
         assert {name: mine["fields"][name].tolist() for name in asked} == {k: [v] * turns for k, v in asked.items()}
         for name in (extra & omitted) - asked.keys():
             assert same(mine["fields"][name], verls["fields"][name]), name
         assert mine["fields"][rows.VERDICT].tolist() == [1.0] * turns
+        assert mine["fields"][rows.TRUNCATED].tolist() == [turn == 0 for turn in range(turns)]
         assert status == {"keys": ["17-4-0"], "partition": "train", "fields": None, "tags": [{"status": "finished"}]}
 
     def test_without_a_verdict_the_score_is_kept(self) -> None:
         outputs = session(1)
         del outputs[0].extra_fields["reward_extra_info"]["acc"]
+        outputs[0].extra_fields["truncated"] = False
         assert rows.session_rows(worker(), outputs, columns())[0].fields[rows.VERDICT] == 0.75
 
 

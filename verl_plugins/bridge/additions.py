@@ -16,12 +16,17 @@ from transfer_queue import KVBatchMeta
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from verl_plugins.batch import Addition, Batch
-from verl_plugins.bridge.rows import VERDICT
+from verl_plugins.bridge.rows import TRUNCATED, VERDICT
 from verl_plugins.errors import DataError
 
 
-def store_additions(meta: KVBatchMeta, batch: Batch) -> KVBatchMeta:
+def store_additions(meta: KVBatchMeta, batch: Batch, eos: int | None) -> KVBatchMeta:
     """Write what was added to `batch` into the queue; `meta` with these rows at its end.
+
+    Args:
+        meta: the rows of `batch`.
+        batch: what a plugin added to.
+        eos: the token that ends a response; one that has used up its budget without it was cut off.
 
     Raises:
         DataError: if rows have a field per token that an added response does not have.
@@ -30,7 +35,7 @@ def store_additions(meta: KVBatchMeta, batch: Batch) -> KVBatchMeta:
     likes = list(dict.fromkeys(addition.like for addition in batch.additions))
     stored = tq.kv_batch_get(keys=[batch.keys[row] for row in likes], partition_id=meta.partition_id)
     samples = {row: stored[place] for place, row in enumerate(likes)}
-    rows = [_row(samples[addition.like], addition) for addition in batch.additions]
+    rows = [_row(samples[addition.like], addition, batch, eos) for addition in batch.additions]
     new_tags = [_tag(tags[batch.keys[addition.like]], addition) for addition in batch.additions]
     keys = [addition.key for addition in batch.additions]
     table = list_of_dict_to_tensordict(rows)
@@ -44,7 +49,7 @@ def store_additions(meta: KVBatchMeta, batch: Batch) -> KVBatchMeta:
     )
 
 
-def _row(sample: Any, addition: Addition) -> dict[str, Any]:
+def _row(sample: Any, addition: Addition, batch: Batch, eos: int | None) -> dict[str, Any]:
     like = {name: sample[name] for name in sample.keys()}  # noqa: SIM118  a TensorDict iterates over its batch
     row = {name: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value) for name, value in like.items()}
     responses = torch.as_tensor(addition.response, dtype=like["responses"].dtype)
@@ -60,6 +65,7 @@ def _row(sample: Any, addition: Addition) -> dict[str, Any]:
         "position_ids": torch.arange(len(input_ids), dtype=like["position_ids"].dtype),
         "rm_scores": rewards,
         VERDICT: torch.tensor(float(addition.correct)),
+        TRUNCATED: (responses[-1] != eos) & (len(responses) >= batch.budgets[addition.like]),
         "extra_fields": _facts(row["extra_fields"], addition),
     }
     if addition.rollout_log_probs is not None and "rollout_log_probs" in like:

@@ -20,13 +20,13 @@ from verl_plugins.bridge.additions import store_additions
 from verl_plugins.bridge.loss import LOSS_STAGES, ROW_FIELD
 from verl_plugins.bridge.queue import is_padding
 from verl_plugins.bridge.rollout import METRICS_FIELD
-from verl_plugins.bridge.rows import MAX_TOKENS, ROLLOUT_N
+from verl_plugins.bridge.rows import MAX_TOKENS, ROLLOUT_N, TRUNCATED
 from verl_plugins.bridge.sending import SendsRows
 from verl_plugins.diagnostics.budget import rollout_budget
 from verl_plugins.diagnostics.health import group_health, policy_health, reward_parts, signal_health
 from verl_plugins.tokens import row_number
 
-HEALTH_FIELDS = ("responses", "verdict", "rollout_log_probs", "extra_fields", ROLLOUT_N, MAX_TOKENS)
+HEALTH_FIELDS = ("responses", "verdict", "rollout_log_probs", "extra_fields", ROLLOUT_N, MAX_TOKENS, TRUNCATED)
 """What nothing but the metrics of every step reads; columns that do not exist in a run are left out."""
 
 
@@ -50,7 +50,7 @@ class EstimatesAdvantage(SendsRows):
             batch = self._store(batch, self._full)
         kept = [key for key, dropped in zip(batch.keys, self._full.dropped.tolist(), strict=True) if not dropped]
         if self._full.additions:
-            batch = store_additions(batch, self._full)
+            batch = store_additions(batch, self._full, self.tokenizer.eos_token_id)
             kept = sorted([*kept, *batch.keys[len(self._full) :]], key=_row_order)
         if kept != batch.keys:
             batch = batch.select_keys(kept)

@@ -5,7 +5,10 @@ verl logs such a failure and goes on; when no group is left it stops with a sent
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +18,8 @@ from verl_plugins.composition.blame import told
 
 SECONDS = 5
 """How long a worker may take to say what failed; one that is dead says nothing."""
+LOG_SECONDS = 1.5
+"""How long the last line of a process takes to be in the log, from where the watch reads it."""
 OF_VERL = ("materializable", "empty list as keys")
 """Parts of what verl says when every group has failed."""
 
@@ -78,3 +83,28 @@ def explains(failures: Failures, error: BaseException) -> bool:
     """Whether the failed sessions are what verl's error is about."""
     nothing_left = failures.asked > 0 and failures.failed >= failures.asked
     return bool(failures.causes) and (nothing_left or any(part in str(error) for part in OF_VERL))
+
+
+class Executor(ThreadPoolExecutor):
+    """Threads for what an event loop waits for.
+
+    A `StopIteration` (a `next()` that found nothing, in somebody's function) would never come back from a thread:
+    Python's event loop cannot take it, and whoever awaits it waits for ever.
+    """
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        return super().submit(_without_stop_iteration, function, *args, **kwargs)
+
+
+def _without_stop_iteration(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return function(*args, **kwargs)
+    except StopIteration as error:
+        raise RuntimeError(f"StopIteration: {error}" if error.args else "StopIteration") from error
+
+
+def give_up(sentence: str) -> None:
+    """End this worker, which the driver's watch tells with this sentence: nothing else would tell it anything."""
+    print(sentence, flush=True)
+    time.sleep(LOG_SECONDS)
+    os._exit(1)

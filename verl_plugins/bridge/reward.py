@@ -9,6 +9,7 @@ from verl import DataProto
 from verl.experimental.reward_loop.reward_manager.naive import NaiveRewardManager
 
 from verl_plugins.bridge import census
+from verl_plugins.bridge.failures import Executor
 from verl_plugins.composition.blame import crossing
 from verl_plugins.services import Answer, Verdict
 
@@ -21,13 +22,16 @@ class PluginRewardManager(NaiveRewardManager):
         self.plugins = census.build(OmegaConf.to_container(config.plugins), "reward worker")
         for plugin in self.plugins:
             plugin.start_scoring()
+        self._threads = Executor(thread_name_prefix="reward")
 
     async def run_single(self, data: DataProto) -> dict[str, Any]:
         """Score the last output of one session."""
+        self.loop.set_default_executor(self._threads)
         answer = self._answer(data[-1:][0])
         verdict: Verdict | None = await self.loop.run_in_executor(None, self._score, answer)
         if verdict is None:
-            return await super().run_single(data)
+            with crossing():
+                return await super().run_single(data)
         info = {**verdict.parts, "score": float(verdict.score), "acc": float(verdict.correct)}
         return {"reward_score": float(verdict.score), "reward_extra_info": info}
 

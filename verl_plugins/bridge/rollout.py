@@ -17,22 +17,32 @@ from uuid import uuid4
 import numpy as np
 import ray
 from omegaconf import OmegaConf
-from verl.experimental.agent_loop.agent_loop import DictConfigWrap, ToolListWrap
-from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
+from verl.experimental.agent_loop.agent_loop import DictConfigWrap, ToolListWrap, _agent_loop_registry
 from verl.trainer.ppo.v1 import agent_loop_tq
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ, apply_greedy_sampling_params
 
 from verl_plugins.bridge import census
 from verl_plugins.bridge.defaults import WorkerDefaults
-from verl_plugins.bridge.failures import Failures
+from verl_plugins.bridge.failures import Executor, Failures, give_up
+from verl_plugins.bridge.loops import (
+    CUT_OFF,
+    SINGLE_TURN,
+    Ends,
+    Listening,
+    SingleTurn,
+    heard,
+    listen,
+    refuse_long_prompts,
+)
 from verl_plugins.bridge.queue import prompt_id_of
 from verl_plugins.bridge.rows import MAX_TOKENS, PREFILL, ROLLOUT_N, Publisher, RewardBatcher, Row, session_rows
 from verl_plugins.bridge.serving import seed_name
+from verl_plugins.composition.blame import told
 from verl_plugins.diagnostics.budget import ACCOUNT_FIELD, Account
-from verl_plugins.errors import DataError
+from verl_plugins.errors import DataError, ResultError
 from verl_plugins.services import Generated, Prompt, Rollout
 
-SINGLE_TURN = "single_turn_agent"
+OWN_SINGLE_TURN = f"{SingleTurn.__module__}.{SingleTurn.__qualname__}"
 ASIDE = 1
 """Part of the seeds of what a plugin asks aside from the group."""
 METRICS_FIELD = "plugin_metrics"
@@ -47,18 +57,6 @@ class _Session:
     columns: dict[str, Any]
 
 
-class _SingleTurn(SingleTurnAgentLoop):
-    """verl's single-turn loop, with a text of the prompt's own behind the prompt."""
-
-    prefill = ""
-
-    async def ct_build_initial_tokens(self, *args: Any, **kwargs: Any) -> list[int]:
-        ids = await super().ct_build_initial_tokens(*args, **kwargs)
-        if not self.prefill:
-            return ids
-        return self._cap_text_prompt_length(ids + self.tokenizer(self.prefill, add_special_tokens=False)["input_ids"])
-
-
 class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
     """Generates the groups of the prompts it is given."""
 
@@ -69,10 +67,13 @@ class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
         self.seed_name = seed_name(self.rollout_config.name)
         self._has_group_control = self.plugins.implements("rollout_group")
         self.plugins.add_fallback(WorkerDefaults())
+        refuse_long_prompts()
+        self._ends = Ends.of(self.rollout_config, self.model_config)
+        self.llm_client = Listening(self.llm_client, self._ends)
         self._scorer = RewardBatcher(self.reward_loop_worker_handles)
         self._publisher = Publisher(by_step=self.config.trainer.v1.trainer_mode == "sync")
-        self.failures = Failures()
-        self._single_turn: _SingleTurn | None = None
+        self.failures, self._threads = Failures(), Executor(thread_name_prefix="agent-loop")
+        self._single_turn: SingleTurn | None = None
 
     def _seeds_requests(self) -> bool:
         """Whether every request has a seed of its own.
@@ -85,32 +86,40 @@ class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
         return rollout.name == "transformers" or rollout.full_determinism or on_cpu
 
     async def _run_prompt(self, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool = False) -> None:
-        """verl's entry: one prompt, all sessions of its group, its status in the queue."""
-        uid, partition = prompt["uid"], "val" if trajectory["validate"] else "train"
-        rows, status, group = [], "failure", None
+        """verl's entry: one prompt, all sessions of its group, its status in the queue.
+
+        Whatever is raised, also what would end a task or its event loop (a cancellation, `sys.exit`), the status is
+        stored: the driver waits for it.
+        """
+        uid, validate = prompt["uid"], trajectory["validate"]
+        partition, rows, status, group = "val" if validate else "train", [], "failure", None
+        asyncio.get_running_loop().set_default_executor(self._threads)
         try:
             group = _Group(self, prompt, sampling_params, trajectory, trace)
             self.failures.asked += group.size
             sessions = await self._generate_group(group)
-            if sessions and not group.validate:
+            if sessions and not validate:
                 sessions[0].outputs[-1].extra_fields[ACCOUNT_FIELD] = group.account.as_field()
-            rows = await self._rows(sessions, trajectory["validate"])
+            rows = await self._rows(sessions, validate)
             status = "finished" if sessions and len(sessions) == group.size else "failure"
-        except Exception as error:
-            self._failed(error, prompt, group)
+        except BaseException as error:
+            self._failed(error, prompt, validate, group)
         try:
             await self._publisher.publish(partition, rows, uid, status)
             self.failures.finished += status == "finished"
-        except Exception as error:
-            self._failed(error, prompt, group)
-            await self._publisher.publish(partition, [], uid, "failure")  # else the driver would wait for it for ever
+        except BaseException as error:
+            self._failed(error, prompt, validate, group)
+            try:
+                await self._publisher.publish(partition, [], uid, "failure")
+            except BaseException as last:
+                give_up(f"the status of {_name(prompt, validate)} cannot be stored: {told(last)}")
 
-    def _failed(self, error: Exception, prompt: dict, group: _Group | None) -> None:
+    def _failed(self, error: BaseException, prompt: dict, validate: bool, group: _Group | None) -> None:
         """A whole group is lost: its sessions count, but for those that failed before."""
         agent_loop_tq.logger.error(f"rollout of prompt {prompt['uid']} failed", exc_info=error)
         lost = 1 if group is None else max(1, group.size - group.failed)
         self.failures.asked += group is None
-        self.failures.note(error, _name(prompt, group is not None and group.validate), lost)
+        self.failures.note(error, _name(prompt, validate), lost)
 
     async def take_failures(self) -> Failures:
         """What failed since the driver last asked."""
@@ -123,6 +132,8 @@ class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
         rollouts = await self.plugins.hook.rollout_group(run=run, prompt=group.prompt, sample=group.sample)
         if rollouts is None:
             return await group.sessions(group.size)
+        if not rollouts and not group.failed:
+            raise ResultError("rollout_group returned no rollout; None leaves the group to verl")
         group.size = len(rollouts)
         sessions = [rollout.outputs for rollout in rollouts]
         for number, session in enumerate(sessions):
@@ -133,7 +144,7 @@ class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
 
     async def _run_agent_loop(self, sampling_params: dict, trajectory: dict, *, agent_name: str, **columns: Any) -> Any:
         """verl's own, except that its single-turn loop is set up once and copied instead of made from its settings."""
-        if agent_name != SINGLE_TURN:
+        if agent_name != SINGLE_TURN or _agent_loop_registry[SINGLE_TURN]["_target_"] != OWN_SINGLE_TURN:
             if columns.get(PREFILL):
                 who = f"prompt {columns['uid']} with the agent loop {agent_name!r}"
                 raise DataError(f"{who}: only {SINGLE_TURN!r} can begin answers (Prompt.prefill)")
@@ -144,10 +155,10 @@ class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
         output = await loop.run(sampling_params, **columns)
         return await self._agent_loop_postprocess(output, trajectory["validate"], **columns)
 
-    def single_turn(self) -> _SingleTurn:
+    def single_turn(self) -> SingleTurn:
         """A single-turn loop of its own for one request."""
         if self._single_turn is None:
-            self._single_turn = _SingleTurn(
+            self._single_turn = SingleTurn(
                 trainer_config=DictConfigWrap(config=self.config),
                 server_manager=self.llm_client,
                 tokenizer=self.tokenizer,
@@ -159,16 +170,26 @@ class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
             )
         return copy.copy(self._single_turn)
 
-    async def _agent_loop_postprocess(self, output: Any, validate: bool, **columns: Any) -> _Session | None:
+    async def _agent_loop_postprocess(self, output: Any, validate: bool, **columns: Any) -> _Session:
         """Score a session's outputs and hand them back instead of publishing them."""
         outputs = output if isinstance(output, list) else [output]
         if not outputs:
-            return None
+            raise DataError("the agent loop gave no output for a session")
+        for one in outputs:
+            one.extra_fields[CUT_OFF] = self._ends.cut_off(one, heard(), int(columns[MAX_TOKENS]))
+            self._fill(one)
         if self._scorer.takes(outputs):
             await self._scorer.score(outputs[0], columns)
         else:
             await self._compute_score(outputs, kwargs=columns)
         return _Session(outputs, columns)
+
+    def _fill(self, output: Any) -> None:
+        """An empty response becomes a row of one end token that the policy did not generate, to bear the reward."""
+        if not output.response_ids:
+            end, unknown = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id or 0
+            output.response_ids, output.response_mask = [unknown if end is None else end], [0]
+            output.response_logprobs = [0.0] if self.rollout_config.calculate_log_probs else None
 
     async def _rows(self, sessions: list[_Session], validate: bool) -> list[Row]:
         """The group's rows, with the teacher's log-probs where verl distils."""
@@ -226,7 +247,7 @@ class _Group:
         params = {key: value for key, value in changes.items() if value is not None}
         row = {} if messages is None else {"raw_prompt": messages}
         sessions = await self.sessions(n or self.size, params, row)
-        return [self._rollout(session, max_tokens or self._limit) for session in sessions]
+        return [self._rollout(session) for session in sessions]
 
     async def generate(
         self,
@@ -271,8 +292,8 @@ class _Group:
     ) -> list[_Session]:
         """`n` scored sessions; the exceptions of failed ones are logged."""
         first, self._started = self._started, self._started + n
-        runs = [self._run(number, {**self._params, **(params or {})}, row or {}) for number in range(first, first + n)]
-        results = await asyncio.gather(*runs, return_exceptions=True)
+        wanted = {**self._params, **(params or {})}
+        results = await asyncio.gather(*[self._one(number, wanted, row or {}) for number in range(first, first + n)])
         for error in (result for result in results if isinstance(result, BaseException)):
             agent_loop_tq.logger.error(f"a session of prompt {self._row['uid']} failed", exc_info=error)
             self.failed += 1
@@ -280,6 +301,14 @@ class _Group:
         sessions = [result for result in results if isinstance(result, _Session)]
         self.account.add([sum(sum(output.response_mask) for output in session.outputs) for session in sessions])
         return sessions
+
+    async def _one(self, number: int, wanted: Mapping[str, Any], row: Mapping[str, Any]) -> _Session | BaseException:
+        """What it raises is its result: left to the task, `sys.exit` would end the event loop."""
+        listen()
+        try:
+            return await self._run(number, dict(wanted), row)
+        except BaseException as error:
+            return error
 
     def _run(self, number: int, params: dict[str, Any], row: Mapping[str, Any]) -> Any:
         if self._worker._seeded:
@@ -296,18 +325,17 @@ class _Group:
         key = [seed, self.step, _number(self._row["index"]) if self.validate else self.prompt.id, int(self.validate)]
         return int(np.random.SeedSequence([*key, number, *apart]).generate_state(1, np.uint32)[0])
 
-    def _rollout(self, session: _Session, limit: int) -> Rollout:
+    def _rollout(self, session: _Session) -> Rollout:
         last = session.outputs[-1]
         info = dict(last.extra_fields.get("reward_extra_info", {}))
         tokenizer = self._worker.tokenizer
         verdict = float(info.get("acc", last.reward_score))
-        ended = bool(last.response_ids) and last.response_ids[-1] == tokenizer.eos_token_id
         return Rollout(
             text=tokenizer.decode(last.response_ids, skip_special_tokens=True),
             response_ids=list(last.response_ids),
             score=float(last.reward_score),
             correct=verdict >= 0.5,
-            truncated=len(last.response_ids) >= limit and not ended,
+            truncated=last.extra_fields[CUT_OFF],
             info=info,
             outputs=session,
         )

@@ -8,7 +8,9 @@ and groups that are ready together one to the queue. What is stored is verl's ro
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -23,10 +25,13 @@ from verl.protocol import DataProto
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from verl_plugins.bridge.gather import Gather
+from verl_plugins.bridge.loops import CUT_OFF
 from verl_plugins.errors import DataError
 
 VERDICT = "verdict"
 """Column with the reward function's `acc`, or the score where it gives none: `Batch.correct` reads it."""
+TRUNCATED = "__truncated__"
+"""Column with whether something cut the response off: `Batch.truncated` reads it."""
 ROLLOUT_N, MAX_TOKENS = "__rollout_n__", "__max_tokens__"
 """verl's columns of a prompt's own group size and budget; here every row has them, as what was asked for it."""
 PREFILL = "__prefill__"
@@ -64,6 +69,7 @@ def _row(worker: Any, output: Any, columns: dict[str, Any], turn: int) -> Row:
     if output.reward_score is not None:
         verdict = output.extra_fields.get("reward_extra_info", {}).get("acc", output.reward_score)
         fields[VERDICT] = torch.tensor(float(verdict))
+    fields[TRUNCATED] = torch.tensor(bool(fields["extra_fields"].pop(CUT_OFF)))
     for name in (ROLLOUT_N, MAX_TOKENS):
         fields[name] = torch.tensor(int(fields[name]))
     for name in USELESS:
@@ -107,7 +113,7 @@ class RewardBatcher:
         """Set the output's reward and what the reward function said of it."""
         started = time.perf_counter()
         result = await self._gather((output, columns))
-        output.reward_score = result["reward_score"]
+        output.reward_score = _score(result["reward_score"])
         output.extra_fields["reward_extra_info"] = result["reward_extra_info"]
         output.metrics.compute_score = time.perf_counter() - started
 
@@ -115,12 +121,19 @@ class RewardBatcher:
         """Each worker gets a share."""
         size = -(-len(sessions) // len(self._workers))
         parts = [sessions[start : start + size] for start in range(0, len(sessions), size)]
-        calls = [
-            worker.compute_score_batch.remote(_reward_input(*zip(*part, strict=True)))
-            for worker, part in zip(random.sample(self._workers, len(parts)), parts, strict=True)
-        ]
-        answers = await asyncio.gather(*calls, return_exceptions=True)
+        workers = random.sample(self._workers, len(parts))
+        answers = await asyncio.gather(*[self._ask(*pair) for pair in zip(workers, parts, strict=True)])
         return [one for part, answer in zip(parts, answers, strict=True) for one in await self._each(part, answer)]
+
+    async def _ask(self, worker: Any, part: list[tuple[Any, dict[str, Any]]]) -> Any:
+        """What it raises is its result, one for all of them."""
+        try:
+            answers = await worker.compute_score_batch.remote(_reward_input(*zip(*part, strict=True)))
+            if len(answers) != len(part):
+                raise RuntimeError(f"the reward worker gave {len(answers)} answers for {len(part)} responses")
+            return answers
+        except BaseException as error:
+            return error
 
     async def _each(self, part: list[tuple[Any, dict[str, Any]]], answer: Any) -> list[Any]:
         """A result per session; where a message failed, each of its sessions is asked for by itself."""
@@ -129,6 +142,14 @@ class RewardBatcher:
         if len(part) == 1:
             return [answer]
         return [one for session in part for one in await self._send([session])]
+
+
+def _score(score: Any) -> float:
+    """What the reward function gave, if it is a finite number."""
+    with contextlib.suppress(TypeError, ValueError):
+        if not isinstance(score, str) and math.isfinite(score):
+            return float(score)
+    raise DataError(f"the reward function gave the score {score!r:.80}, expected a finite number")
 
 
 class Publisher:
@@ -147,12 +168,12 @@ class Publisher:
         """Store a group and mark its prompt."""
         await self._gather((partition, rows, uid, status))
 
-    async def _send(self, groups: list[tuple[str, Sequence[Row], str, str]]) -> list[Exception | None]:
+    async def _send(self, groups: list[tuple[str, Sequence[Row], str, str]]) -> list[BaseException | None]:
         """What cannot be stored with the others is tried by itself, and its error is its own."""
         try:
             await self._put(groups)
             return [None] * len(groups)
-        except Exception as error:
+        except BaseException as error:
             if len(groups) == 1:
                 return [error]
         return [(await self._send([group]))[0] for group in groups]

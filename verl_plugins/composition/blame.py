@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
+from asyncio.exceptions import CancelledError
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
@@ -20,10 +21,13 @@ MOST = 400
 
 @contextlib.contextmanager
 def blame(who: str, stage: str, implementation: Callable[..., Any]) -> Iterator[None]:
-    """Note on an exception that escapes whose it is, once: wrappers around it are not to blame."""
+    """Note on an exception that escapes whose it is, once: wrappers around it are not to blame.
+
+    Also on `sys.exit` and a cancellation; what interrupts the whole run passes.
+    """
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit, CancelledError) as error:
         if _note(error) is None:
             add_note(error, f"{who} in {stage}, {_place(error.__traceback__, implementation)}")
         raise
@@ -40,14 +44,14 @@ def whose(error: BaseException) -> str | None:
     for known in (getattr(error, "cause", None), error):
         if known is not None and (note := _note(known)):
             return note.removeprefix(RAISED_BY)
-    found = NOTE.findall(str(error)) if hasattr(error, "cause") else []  # a note that is only in Ray's traceback
+    found = NOTE.findall(_text(error)) if hasattr(error, "cause") else []  # a note that is only in Ray's traceback
     return found[-1] if found else None
 
 
 def words(error: BaseException) -> str:
     """What an exception says, in one line, with the name of its class unless it is one of ours."""
     cause = getattr(error, "cause", None) or error
-    text = str(cause).strip()
+    text = _text(cause)
     if hasattr(cause, "traceback_str"):  # Ray's own: the whole traceback
         return text.splitlines()[-1].strip() if text else type(cause).__name__
     text = " ".join(text.split())
@@ -55,6 +59,13 @@ def words(error: BaseException) -> str:
     if isinstance(cause, PluginError):
         return text
     return f"{type(cause).__name__}: {text}" if text else type(cause).__name__
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error).strip()
+    except Exception:  # a class that somebody wrote wrong must not hide that there was an error
+        return ""
 
 
 def told(error: BaseException) -> str:
@@ -71,11 +82,15 @@ def sentence(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def crossing() -> Iterator[None]:
-    """In a worker: a plugin's own exception leaves the process as words, since not every class can be pickled."""
+    """In a worker: a plugin's own exception leaves the process as words, since not every class can be pickled.
+
+    Nor may a call of `sys.exit` end the worker, whoever made it.
+    """
     try:
         yield
-    except Exception as error:
-        if isinstance(error, PluginFailed) or whose(error) is None:
+    except (Exception, SystemExit, CancelledError) as error:
+        ordinary = isinstance(error, Exception)
+        if isinstance(error, PluginFailed) or (ordinary and whose(error) is None):
             raise
         failed = PluginFailed if not isinstance(error, PluginError) else type(error)
         raise failed(told(error)) from error

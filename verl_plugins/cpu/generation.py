@@ -69,6 +69,13 @@ class Completion:
     log_probs: list[float] = field(default_factory=list)
     finished: bool = False
     """False when generation was interrupted."""
+    ended: bool = False
+    """Whether it ended by itself, and not at its limit."""
+
+    @property
+    def stop_reason(self) -> str:
+        """`stop`, `length` or `aborted`."""
+        return "stop" if self.ended else "length" if self.finished else "aborted"
 
 
 @torch.inference_mode()
@@ -213,4 +220,5 @@ def _record(
         if request.stop and not ended:
             text = tokenizer.decode(completion.token_ids)
             ended = any(stop in text for stop in request.stop)
+        completion.ended = ended
         completion.finished = ended or len(completion.token_ids) >= request.max_tokens

@@ -125,7 +125,7 @@ class TransformersServer:
         return TokenOutput(
             token_ids=completion.token_ids,
             log_probs=completion.log_probs,
-            stop_reason="completed" if completion.finished else "aborted",
+            stop_reason=completion.stop_reason,
             extra_fields={"global_steps": self._global_steps},
         )
 
@@ -144,7 +144,8 @@ class TransformersServer:
                         generate, self.model, self.tokenizer, requests, lambda: not self._running.is_set()
                     )
                 for (_, future), completion in zip(wave, completions, strict=True):
-                    future.set_result(completion)
+                    if not future.done():  # whoever asked has given up
+                        future.set_result(completion)
             except Exception as error:
                 for _, future in wave:
                     if not future.done():

@@ -281,7 +281,7 @@ class TestServer:
 
         done = asyncio.run(run())
         assert [[request.seed for request in wave] for wave in waves] == [[2, 3, 4, 5], [0, 1]]
-        assert {output.stop_reason for output in done} == {"completed"}
+        assert {output.stop_reason for output in done} == {"length"}
         assert {output.extra_fields["global_steps"] for output in done} == {7}
         assert [len(output.token_ids) for output in done] == [12] * 6
 
@@ -343,7 +343,7 @@ class TestServer:
         started: Any = None
         monkeypatch.setattr(rollout, "generate", slow)
         aborted, resumed = asyncio.run(run())
-        assert (aborted.stop_reason, resumed.stop_reason) == ("aborted", "completed")
+        assert (aborted.stop_reason, resumed.stop_reason) == ("aborted", "length")
         assert aborted.token_ids == whole[:3] == resumed.token_ids[:3]
 
     def test_a_server_that_stopped_serving_answers_with_the_cause(self, server, tokenizer, monkeypatch) -> None:

@@ -63,7 +63,7 @@ class Worker(PluginAgentLoopWorker):
     """An agent-loop worker without its cluster; every response has two outputs, of the policy's tokens and a tool's."""
 
     def __init__(self, plugins: Plugins, failing: tuple[int, ...] = ()) -> None:
-        self.failures = Failures()
+        self.failures, self._threads = Failures(), None
         rollout = {"n": N, "val_kwargs": {"n": N}, "seed": 0, "prompt_length": 64, "response_length": 64}
         self.config = OmegaConf.create({"actor_rollout_ref": {"rollout": rollout}, "data": {"max_response_length": 8}})
         self.rollout_config, self.tokenizer = self.config.actor_rollout_ref.rollout, FakeTokenizer()
@@ -79,7 +79,12 @@ class Worker(PluginAgentLoopWorker):
         mask = [1] * TOKENS + [0] * TOOL
         outputs = [
             AgentLoopOutput(
-                prompt_ids=[1], response_ids=mask, response_mask=mask, reward_score=0.0, metrics={}, extra_fields={}
+                prompt_ids=[1],
+                response_ids=mask,
+                response_mask=mask,
+                reward_score=0.0,
+                metrics={},
+                extra_fields={"truncated": False},
             )
             for _ in range(2)
         ]
