@@ -66,8 +66,7 @@ class Batch:
         turns = torch.as_tensor(fields.pop("turn", [0] * len(uid)))
         keys = [f"{u}_{s}_{t}" for u, s, t in zip(uid, sessions.tolist(), turns.tolist(), strict=True)]
         tokenizer, budget = fields.pop("tokenizer", None), fields.pop("budget", None)
-        if "truncated" in fields:
-            fields["__truncated__"] = fields.pop("truncated")
+        fields |= {"__truncated__": fields.pop("truncated")} if "truncated" in fields else {}
         batch = cls(TensorSource(keys, fields), tokenizer=tokenizer, budget=budget, full=full)
         batch.uid, batch.session, batch.turn = np.asarray(uid, dtype=object), sessions, turns
         return batch

@@ -168,6 +168,10 @@ class TestTruncation:
         assert batch.budgets.tolist() == [4, 4, 4, 4]
         assert batch.truncated.tolist() == [False, False, False, True]
 
+    def test_what_the_rollout_told_of_its_end_counts(self):
+        batch = self.make(truncated=[True, False, True, False])
+        assert batch.truncated.tolist() == [True, False, True, False]
+
 
 class TestDropping:
     """Dropped rows stay in `full`."""

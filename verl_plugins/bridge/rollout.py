@@ -175,13 +175,16 @@ class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
         outputs = output if isinstance(output, list) else [output]
         if not outputs:
             raise DataError("the agent loop gave no output for a session")
+        cut = [self._ends.cut_off(one, heard(), int(columns[MAX_TOKENS])) for one in outputs]
         for one in outputs:
-            one.extra_fields[CUT_OFF] = self._ends.cut_off(one, heard(), int(columns[MAX_TOKENS]))
+            one.extra_fields.pop(CUT_OFF, None)  # a reward function reads the extra fields with the dataset's columns
             self._fill(one)
         if self._scorer.takes(outputs):
             await self._scorer.score(outputs[0], columns)
         else:
             await self._compute_score(outputs, kwargs=columns)
+        for one, known in zip(outputs, cut, strict=True):
+            one.extra_fields[CUT_OFF] = known
         return _Session(outputs, columns)
 
     def _fill(self, output: Any) -> None:

@@ -19,7 +19,7 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 from verl_plugins import Batch, Plugin, hookimpl
 from verl_plugins.bridge import run as bridge_run
 from verl_plugins.bridge.defaults import WorkerDefaults
-from verl_plugins.bridge.failures import Failures
+from verl_plugins.bridge.failures import Executor, Failures
 from verl_plugins.bridge.rollout import PluginAgentLoopWorker, _Session
 from verl_plugins.composition.manager import Plugins
 from verl_plugins.diagnostics.budget import ACCOUNT_FIELD, Account, rollout_budget
@@ -63,7 +63,7 @@ class Worker(PluginAgentLoopWorker):
     """An agent-loop worker without its cluster; every response has two outputs, of the policy's tokens and a tool's."""
 
     def __init__(self, plugins: Plugins, failing: tuple[int, ...] = ()) -> None:
-        self.failures, self._threads = Failures(), None
+        self.failures, self._threads = Failures(), Executor()
         rollout = {"n": N, "val_kwargs": {"n": N}, "seed": 0, "prompt_length": 64, "response_length": 64}
         self.config = OmegaConf.create({"actor_rollout_ref": {"rollout": rollout}, "data": {"max_response_length": 8}})
         self.rollout_config, self.tokenizer = self.config.actor_rollout_ref.rollout, FakeTokenizer()
