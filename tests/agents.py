@@ -144,7 +144,8 @@ class Agents:
         params = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0, "logprobs": True}
         trajectory = {"step": 1, "sample_index": 0, "rollout_n": 0, "validate": validate}
 
-        worker._single_turn = None  # it keeps the event loop in which it was made
+        # Both belong to the event loop, which in training is one.
+        worker._single_turn, worker._threads = None, failures.Executor()
 
         async def run() -> None:
             calls = [worker._run_prompt(prompt, dict(params), trajectory) for prompt in prompts]
