@@ -13,13 +13,15 @@ HERE = Path(__file__).parent
 METADATA = "Metadata-Version: 2.1\nName: every-stage\nVersion: 1.0\n"
 ENTRIES = (
     "[verl_plugins]\nevery_stage = every_stage:EveryStage\nbroken = broken:Broken\nfailing = "
-    "broken:Failing\nin_turn = in_turn:InTurn\n"
+    "broken:Failing\nin_turn = in_turn:InTurn\ntrouble = trouble:Trouble\nunsaved = trouble:Unsaved\n"
 )
 ENTRIES += "recipes = es_recipes:RECIPES\n"
 RECIPES = {
     "every_stage": "plugins: {every_stage: {}}\nalgorithm: {adv_estimator: grpo}\n",
     "in_turn": "plugins: {grpo: {}, in_turn: {}}\nalgorithm: {adv_estimator: grpo}\n",
     "failing": "plugins: {failing: {}, grpo: {}}\nalgorithm: {adv_estimator: grpo}\n",
+    "trouble": "plugins: {grpo: {}, trouble: {}}\nalgorithm: {adv_estimator: grpo}\n",
+    "unsaved": "plugins: {grpo: {}, unsaved: {}}\nalgorithm: {adv_estimator: grpo}\n",
     "broken": "plugins: {broken: {}}\nalgorithm: {adv_estimator: grpo}\n",
 }
 BROKEN = '''
@@ -48,7 +50,7 @@ class Failing(Plugin):
 def third_party(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an installed distribution: two plugins and their recipes."""
     site = tmp_path_factory.mktemp("site")
-    for file in ("every_stage.py", "in_turn.py"):
+    for file in ("every_stage.py", "in_turn.py", "trouble.py"):
         shutil.copy(HERE / file, site)
     (site / "broken.py").write_text(BROKEN)
     information = site / "every_stage-1.0.dist-info"

@@ -125,22 +125,22 @@ def finish(config: DictConfig, out: Path) -> DictConfig:
     with open_dict(config):
         config.trainer.default_local_dir = str(out)
         config.data.seed = 1 if config.data.seed is None else config.data.seed
-    if manager.build(OmegaConf.to_container(config.plugins)).implements("score_answer"):
-        _score_by_plugins(config)
+    _put_reward_manager(config, manager.build(OmegaConf.to_container(config.plugins)).implements("score_answer"))
     return config
 
 
-def _score_by_plugins(config: DictConfig) -> None:
-    """Put our reward manager in; behind it stands verl's `naive`, so no other can be asked for as well."""
+def _put_reward_manager(config: DictConfig, by_plugins: bool) -> None:
+    """Ours in the place of verl's `naive`, which stands behind it; so no other can be asked for beside plugins."""
     chosen = config.reward.reward_manager
-    if chosen.name != "naive" or chosen.source != "register":
+    if chosen.name == "naive" and chosen.source == "register":
+        with open_dict(config):
+            chosen.update(REWARD_MANAGER)
+            chosen.module.path = REWARD_MODULE
+    elif by_plugins:
         raise CompositionError(
             f"reward.reward_manager.name={chosen.name}: a plugin scores the answers (stage score_answer), which works "
             "with verl's naive manager only; leave the plugin out, as in ~plugins.math_verify, or the manager"
         )
-    with open_dict(config):
-        chosen.update(REWARD_MANAGER)
-        chosen.module.path = REWARD_MODULE
 
 
 def _determinism(config: DictConfig) -> dict[str, str]:

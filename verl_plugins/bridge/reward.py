@@ -27,8 +27,9 @@ class PluginRewardManager(NaiveRewardManager):
     async def run_single(self, data: DataProto) -> dict[str, Any]:
         """Score the last output of one session."""
         self.loop.set_default_executor(self._threads)
-        answer = self._answer(data[-1:][0])
-        verdict: Verdict | None = await self.loop.run_in_executor(None, self._score, answer)
+        verdict: Verdict | None = None
+        if self.plugins.implements("score_answer"):
+            verdict = await self.loop.run_in_executor(None, self._score, self._answer(data[-1:][0]))
         if verdict is None:
             with crossing():
                 return await super().run_single(data)
