@@ -35,7 +35,7 @@ def test_on_one_machine_it_listens_on_loopback_only(run: Running) -> None:
 
 def test_a_second_run_in_its_folder_is_refused(run: Running) -> None:
     words = [COMMAND, "run", "vade", "--preset", "cpu", "--out", run.out]
-    second = subprocess.run(words, capture_output=True, text=True, timeout=100)
+    second = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert second.returncode == 2 and f"pid {run.process.pid}" in second.stderr
 
 

@@ -143,7 +143,7 @@ class TestTwoRunsAtOnce:
 
     def test_a_third_in_the_folder_of_one_is_refused(self, runs) -> None:
         words = [COMMAND, "run", "vade", "--preset", "cpu", "--out", runs[1].out]
-        third = subprocess.run(words, capture_output=True, text=True, timeout=100)
+        third = subprocess.run(words, capture_output=True, text=True, timeout=300)
         assert third.returncode == 2 and f"pid {runs[1].process.pid}" in third.stderr
 
     @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from verl_plugins.composition.cache import find_room_for_datasets
 from verl_plugins.composition.compose import Composed
 from verl_plugins.composition.look.data import Found, look_at_data
 from verl_plugins.composition.look.folder import look_at_folder
@@ -30,8 +31,10 @@ def look(composed: Composed, plugins: Plugins, out: Path | None = None) -> list[
 
     Raises:
         CompositionError: what the run could not do or would do differently than asked.
+        RunError: there is no folder for what is read of data.
     """
     config = composed.config
+    find_room_for_datasets()
     reward, labels = look_at_reward(config, plugins)
     with made_by_preset(composed) as made:
         model, found = None, []
