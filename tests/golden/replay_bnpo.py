@@ -43,7 +43,7 @@ def of_prompts(found: Normalised, labels: np.ndarray, expected: dict) -> dict:
 
 
 def replay_components(case: Case, expected: dict, low: float, high: float) -> dict:
-    uid, mask = case.input("uid"), torch.tensor(case.input("response_mask")).bool()
+    uid, mask = [str(name) for name in case.input("uid")], torch.tensor(case.input("response_mask")).bool()
     real = torch.tensor([not name.startswith("pad") for name in uid])
     places, parts = real.nonzero()[:, 0].tolist(), case.input("reward_components")
     order = case.param("component_order", list(parts))

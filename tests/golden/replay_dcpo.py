@@ -51,7 +51,7 @@ def advantage(case: Case, plugin: Dcpo) -> dict:
     )
     run = GivenPass(config=SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=SimpleNamespace(temperature=1.0))))
     run.rows = dict(zip(batch.keys, case.tensor("old_log_probs_t")[real], strict=True))
-    plugin.load_state_dict({"entropy": case.param("entropy") or 0.0})  # null before the first update
+    plugin.load_state_dict({"entropy": case.param("entropy", None) or 0.0})  # null before the first update
     estimator = DriverDefaults()
     estimator.estimator = lambda: case.tensor("advantages")[real]
     plugins = Plugins([plugin])

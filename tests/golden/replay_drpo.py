@@ -12,8 +12,8 @@ from verl_plugins.advantage.drpo import GROUP, WEIGHT, Drpo, signed_weights
 def replay(case: Case, expected: dict) -> dict:
     plugin = Drpo(
         Drpo.Config(
-            length_temperature=case.param("Lambda"),
-            tau=case.param("tau"),
+            length_temperature=case.param("Lambda", Drpo.Config().length_temperature),
+            tau=case.param("tau", Drpo.Config().tau),
             beta=case.param("beta", 1e3),
             delta=case.param("delta", 1e-4),
             kl_type=case.param("kl_type", "kl"),

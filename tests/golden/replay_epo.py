@@ -13,12 +13,19 @@ from verl_plugins.entropy.epo import GATE, REFERENCE, Epo, History, for_the_loss
 FORMS = {"grad_log_prob": "indicator", "regularizer": "hinge", "entropy_mask": "mask_pg"}
 """An expected value that only a case of this form has; the last that is there decides."""
 
+USUAL = Epo.Config()
+"""For settings that a case leaves out."""
+
 
 def replay(case: Case, expected: dict) -> dict:
     if case.has("step_entropy_lists"):
         return histories(case)
     if case.has("epoch"):
-        return {"weight": [phase_weight(epoch, case.param("max_epochs")) for epoch in case.input("epoch")]}
+        return {
+            "weight": [
+                phase_weight(epoch, case.param("max_epochs", USUAL.schedule_steps)) for epoch in case.input("epoch")
+            ]
+        }
     form = [name for key, name in FORMS.items() if key in expected][-1]
     return losses(case, form)
 
@@ -34,22 +41,22 @@ def histories(case: Case) -> dict:
 
 
 def losses(case: Case, form: str) -> dict:
-    mask, turns = torch.tensor(case.input("response_mask")).bool(), torch.tensor(case.input("rollout_step"))
+    mask, turns = torch.tensor(case.input("response_mask")).bool(), torch.tensor(case.input("rollout_step")).long()
     turns = turns if turns.dim() == 2 else turns[:, None].expand_as(mask)  # of each token, or of the whole row
     mode = "token" if case.param("entropy_smooth_mask_mode", "token") == "token" else "sequence"
     plugin = Epo(
         Epo.Config(
             smooth_form=form,
             smooth_mode=mode,
-            smooth_coeff=case.param("entropy_smooth_coeff"),
-            min_ratio=case.param("entropy_smooth_min_ratio"),
-            max_ratio=case.param("entropy_smooth_max_ratio"),
-            out_range_penalty=case.param("entropy_smooth_out_range_penalty"),
+            smooth_coeff=case.param("entropy_smooth_coeff", USUAL.smooth_coeff),
+            min_ratio=case.param("entropy_smooth_min_ratio", USUAL.min_ratio),
+            max_ratio=case.param("entropy_smooth_max_ratio", USUAL.max_ratio),
+            out_range_penalty=case.param("entropy_smooth_out_range_penalty", USUAL.out_range_penalty),
         )
     )
     config = actor_config(case)
-    config.entropy_coeff = case.param("entropy_coeff")
-    weight = phase_weight(case.param("epoch", 0), case.param("max_epochs", 150))
+    config.entropy_coeff = case.param("entropy_coeff", 0.001)
+    weight = phase_weight(case.param("epoch", 0), case.param("max_epochs", USUAL.schedule_steps))
     weight = weight if case.param("enable_smooth_weights", False) else 1.0
     on = case.param("entropy_smooth", True) and config.entropy_coeff
     usual = torch.tensor(case.input("entropy_history") or [0.0], dtype=torch.float64)

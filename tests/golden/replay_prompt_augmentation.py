@@ -10,7 +10,7 @@ from verl_plugins import Batch
 from verl_plugins.sampling.prompt_augmentation import PromptAugmentation
 from verl_plugins.services import Prompt, Prompts
 
-PROMPTS, STEPS = 13, 2000
+PROMPTS, STEPS = 13, 600
 
 
 def replay(case: Case, expected: dict) -> dict:

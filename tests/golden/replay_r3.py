@@ -1,5 +1,7 @@
 """R3: ranking, replay and reflection through the functions and hooks training calls."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from cases import Case, NotOffered, in_order_of
@@ -26,24 +28,29 @@ def replay(case: Case, expected: dict) -> dict:
     return OPS[op](case, expected)
 
 
+def setting(case: Case, name: str) -> Any:
+    """A setting by its own name; the plugin's default where the case leaves it out."""
+    return case.param(name, getattr(R3.Config(), name))
+
+
 def flags(case: Case, name: str) -> torch.Tensor:
     return torch.tensor(case.input(name)).bool()
 
 
 def serr(case: Case, expected: dict) -> dict:
-    peak, mean = structural_entropy(case.tensor("entropy"), flags(case, "response_mask"), case.param("top_ratio"))
+    peak, mean = structural_entropy(case.tensor("entropy"), flags(case, "response_mask"), setting(case, "top_ratio"))
     groups = Groups(np.array(case.input("uid"), dtype=object), counted=flags(case, "rank_mask"))
     dominated = dominance(peak, mean, groups)
-    reward = ranking_reward(dominated, groups, case.param("r_max"), case.param("ties"), case.param("singleton"))
+    reward = ranking_reward(dominated, groups, *(setting(case, name) for name in ("r_max", "ties", "singleton")))
     return {"peak_entropy": peak, "global_entropy": mean, "dominance": dominated, "serr_reward": reward}
 
 
 def advantage(case: Case, expected: dict) -> dict:
-    assert case.param("std_ddof") == 1
+    assert case.param("std_ddof", 1) == 1
     mask = flags(case, "response_mask")
     batch = Batch.from_tensors(uid=case.input("uid"), rm_scores=case.tensor("token_level_rewards"), response_mask=mask)
     replayed = flags(case, "is_replay")
-    alpha = case.param("alpha"), case.param("lam"), case.param("alpha_scope", "group")
+    alpha = setting(case, "alpha"), case.param("lam", R3.Config().epsilon), setting(case, "alpha_scope")
     values = mixed_advantage(batch.scores, replayed, batch.groups, *alpha)
     lone = batch.groups.count() == 1
     assert not values[lone].any(), "a lone response has nothing to compare with"
@@ -68,7 +75,7 @@ def select(case: Case, expected: dict) -> dict:
     wanted = np.array([not now[name][0] for name in wishes], dtype=bool)
     if (strategy := case.param("strategy", "recent")) != "recent":
         raise NotOffered(f"what is drawn by {strategy!r} is not a number to record")
-    places, entries = store.pick(ids, wanted, np.full(len(wishes), case.param("k")))
+    places, entries = store.pick(ids, wanted, np.full(len(wishes), case.param("k", R3.Config().replay)))
     for place, number in zip(places, store.facts["number"][entries], strict=True):
         found[wishes[place]].append(order[number]["entry_id"])
     wanted = expected.get("entry_ids", {})
@@ -78,7 +85,7 @@ def select(case: Case, expected: dict) -> dict:
 def trigger(case: Case, expected: dict) -> dict:
     history = case.input("history_outcome")
     right, seen = (np.array([measure(outcomes) for outcomes in history.values()], float) for measure in (sum, len))
-    hard = is_hard(right, seen, case.param("tau"), case.param("epoch"))
+    hard = is_hard(right, seen, setting(case, "tau"), case.param("epoch"))
     names = [name for name, reflected in zip(history, hard, strict=True) if reflected]
     return {"hard": [names[n] for n in in_order_of(expected.get("hard"), names)]}
 
@@ -89,13 +96,13 @@ class Tokenizer:
 
 def pipeline(case: Case, expected: dict) -> dict:
     """The hooks of a step, replayed answers being in the store already."""
-    assert case.param("std_ddof") == 1
+    assert case.param("std_ddof", 1) == 1
     names = ("alpha", "l_max", "top_ratio", "r_max", "ties", "singleton")
     config = R3.Config(
-        **{name: case.param(name) for name in names},
-        alpha_scope=case.param("alpha_scope", "group"),
-        rank_set=RANK_SETS[case.param("rank_set")],
-        epsilon=case.param("lam"),
+        **{name: setting(case, name) for name in names},
+        alpha_scope=setting(case, "alpha_scope"),
+        rank_set=RANK_SETS[setting(case, "rank_set")],
+        epsilon=case.param("lam", R3.Config().epsilon),
         mix="append",
         replay=99,
         capacity=99,

@@ -21,6 +21,9 @@ from verl_plugins.advantage.riskpo import (
     track,
 )
 
+USUAL = RiskPo.Config()
+"""For settings that a case leaves out."""
+
 
 def replay(case: Case, expected: dict) -> dict:
     if case.has("bundle_scores_per_step"):
@@ -42,12 +45,12 @@ def config_of(case: Case) -> RiskPo.Config:
     objective = "mixed" if mixing else "upper_tail" if upper else "rvar"
     assert case.param("epsilon", EPSILON) == EPSILON
     return RiskPo.Config(
-        quantile_down=case.param("quantile_down"),
-        quantile_up=case.param("quantile_up"),
-        quantiles=case.param("use_q_track_mode"),
+        quantile_down=case.param("quantile_down", USUAL.quantile_down),
+        quantile_up=case.param("quantile_up", USUAL.quantile_up),
+        quantiles=case.param("use_q_track_mode", USUAL.quantiles),
         objective=objective,
         tail_weight=weights[objective],
-        credit=case.param("credit_assign_mode"),
+        credit=case.param("credit_assign_mode", USUAL.credit),
         scale="std" if case.param("norm_adv_by_std_in_grpo", True) else "none",
         natural_baseline_adv=case.param("natural_baseline_adv", False),
         mean_baseline=case.param("use_mean_as_baseline", False),
@@ -93,12 +96,13 @@ def limits(case: Case, config: RiskPo.Config, papers: Papers) -> list[torch.Tens
 
 
 def replay_tracker(case: Case) -> dict:
-    torch.testing.assert_close(LEVELS, torch.tensor(case.param("alpha_list"), dtype=torch.float64))
-    levels, base = (case.param("quantile_down"), case.param("quantile_up")), case.param("natural_baseline_base", True)
+    torch.testing.assert_close(LEVELS, torch.tensor(case.param("alpha_list", LEVELS.tolist()), dtype=torch.float64))
+    levels = [case.param(name, getattr(USUAL, name)) for name in ("quantile_down", "quantile_up")]
+    base, step = case.param("natural_baseline_base", True), case.param("lr_q", USUAL.lr_q)
     found = {name: [] for name in ("q", "q_track_down", "q_track_up", "g_rvar_avg", "g_cvar_avg")}
     tracked = torch.zeros(0, dtype=torch.float64)
-    for scores in case.tensor("bundle_scores_per_step"):
-        tracked = track(tracked, scores, case.param("lr_q"))
+    for scores in case.input("bundle_scores_per_step"):
+        tracked = track(tracked, torch.tensor(scores, dtype=torch.float64), step)
         low, high = (at_level(tracked, level) for level in levels)
         values = (tracked.tolist(), float(low), float(high), *averages(tracked, low, high, base))
         for name, value in zip(found, values, strict=True):

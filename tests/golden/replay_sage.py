@@ -13,6 +13,8 @@ from verl_plugins.services import Generated, Prompt, Prompts, Rollout
 
 CONFIG = {"data": {"max_prompt_length": 4096, "max_response_length": 4096}}
 
+SETTINGS = ("max_level", "raise_at_or_below", "lower_above")
+
 
 def replay(case: Case, expected: dict) -> dict:
     op = case.param("op")
@@ -69,13 +71,13 @@ def play(
 
 
 def escalate(case: Case) -> dict:
-    threshold, size = case.param("success_threshold", 0), case.param("group_size")
-    by_level, last = case.input("rewards_by_level"), case.param("max_level")
+    threshold, size = case.param("success_threshold", 0), case.param("group_size", None)
+    by_level, last = case.input("rewards_by_level"), case.param("max_level", Sage.Config().max_level)
     found = {"level": [], "rewards": [], "accuracy": [], "prompts_rolled_out_at_level": np.zeros(last, dtype=int)}
     for place, hints in enumerate(case.input("hints")):
         rewards = {level: groups[place] for level, groups in enumerate(by_level)}
         prompt, kept, servers = play(Sage(Sage.Config(max_level=last)), hints, rewards, threshold)
-        assert len(kept) == size
+        assert len(kept) == (size or len(kept))
         found["level"].append(prompt.row["hint_used"])
         found["rewards"].append(kept)
         found["accuracy"].append(np.mean(np.array(kept) > threshold))
@@ -86,9 +88,10 @@ def escalate(case: Case) -> dict:
 def light_step(case: Case) -> dict:
     found = {"wanted_level": [], "effective_level": [], "new_level": [], "new_accuracy": []}
     names = ("last_level", "last_accuracy", "hints", "fallback_hints", "rewards")
-    settings = {name: case.param(name) for name in ("max_level", "raise_at_or_below", "lower_above")}
+    usual = Sage.Config()
+    settings = {name: case.param(name, getattr(usual, name)) for name in SETTINGS}
     for level, accuracy, hints, fallback, rewards in zip(*[case.input(name) for name in names], strict=True):
-        assert len(rewards) == case.param("group_size")
+        assert len(rewards) == case.param("group_size", len(rewards))
         plugin = Sage(Sage.Config(variant="sage-light", **settings))
         plugin._prepare(1)
         if level is not None:

@@ -22,13 +22,16 @@ def replay(case: Case, expected: dict) -> dict:
 
 
 def schedule(case: Case) -> dict:
-    plugin = Siri(Siri.Config(**{name: case.param(name) for name in SCHEDULE}))
-    config = OmegaConf.create({"data": {"max_response_length": case.param("max_length")}})
+    longest, usual = case.param("max_length"), Siri.Config()
+    defaults = (usual.scheduler, usual.cycle_length, longest, longest // 2)
+    settings = {name: case.param(name, value) for name, value in zip(SCHEDULE, defaults, strict=True)}
+    plugin = Siri(Siri.Config(**settings))
+    config = OmegaConf.create({"data": {"max_response_length": longest}})
     found = {"length": [], "length_int": [], "phase": []}
     for t in case.input("step"):
         run, prompt = FakeRun(config=config, step=t + 1), Prompt(0, {})
         plugin.prepare_prompts(run, Prompts([prompt]))
-        found["length"].append(length_budget(t, *[case.param(name) for name in SCHEDULE]))
+        found["length"].append(length_budget(t, *settings.values()))
         found["length_int"].append(prompt.max_tokens)
         found["phase"].append(PHASES[int(run.metrics["phase"])])
     return found

@@ -183,7 +183,7 @@ def run_tests(file: Path, source: str, tests: Sequence[str], golden: Path) -> in
     os.environ["VERL_PLUGINS_GOLDEN"] = str(golden)
     sys.meta_path.insert(0, Finder(file, source))
     quick = Quick(file.stem, golden.with_suffix(".json"))
-    paths = [*tests, *([str(GOLDEN)] if any(golden.iterdir()) else [])]
+    paths = [*tests, *([str(GOLDEN / "test_golden.py")] if any(golden.iterdir()) else [])]
     without = [f"no:{name}" for name in ("cacheprovider", "unraisableexception", "threadexception")]
     options = [part for name in without for part in ("-p", name)]
     return int(pytest.main(["-x", "-q", "-n", "0", "--assert=plain", *options, *paths], plugins=[quick]))
