@@ -17,12 +17,9 @@ import psutil
 
 from verl_plugins.bridge.intact import latest_step
 from verl_plugins.composition.scratch import remove
-from verl_plugins.cpu.head import members
+from verl_plugins.cpu.head import KILLED_SECONDS, members
 
 NAMES = {signal.SIGINT: "^C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
-
-KILLED_SECONDS = 3.0
-"""How long is waited for killed processes to be gone, which they are at once unless the system is stuck."""
 
 
 class Interrupted(KeyboardInterrupt):

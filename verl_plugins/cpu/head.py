@@ -28,6 +28,8 @@ FIRST_JOB = "01000000"
 """The id a new cluster gives its first driver."""
 START_SECONDS = 300
 """On a busy machine; a node that gives up is noticed at once."""
+KILLED_SECONDS = 3
+"""How long is waited for killed processes to be gone, which they are at once unless the system is stuck."""
 PR_SET_PDEATHSIG = 1
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "GLOO_SOCKET_IFNAME": "lo"}
 """Keeps Ray's node address, and with it every socket of a run, at 127.0.0.1; else Ray takes the network's for it.
@@ -95,14 +97,16 @@ def _not_started() -> PluginError:
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """Ask the node to end its processes, and make sure of it."""
-    family = [process, *members(process.pid)]
+    """Ask the node to end its processes, and make sure of it: none writes to its folder any more."""
+    family = members(process.pid)
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=5)
+    process.kill()
     for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+        with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
+    psutil.wait_procs(family, timeout=KILLED_SECONDS)
 
 
 def members(pid: int) -> list[psutil.Process]:
