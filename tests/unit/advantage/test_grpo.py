@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from verl_plugins import CompositionError, DataError
-from verl_plugins.advantage.grpo import Grpo
+from verl_plugins import CompositionError, DataError, Groups
+from verl_plugins.advantage.grpo import Grpo, grpo_advantage
 
 FEW = settings(max_examples=50, deadline=None)
 
@@ -49,6 +49,15 @@ def test_sums_to_zero_in_every_group_and_float32_suffices(rows):
     for group in set(uid):
         assert advantage[[name == group for name in uid]].sum().item() == pytest.approx(0, abs=1e-4)
     torch.testing.assert_close(advantage, per_row(estimate(uid, scores, dtype=torch.float64)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("apart", [1e-6, 1e-5, 0.5])
+def test_what_is_added_to_the_std_is_verls(apart):
+    """1e-6, which halves the advantage of rewards that are as little apart."""
+    scores = torch.tensor([0.0, apart * 2**0.5], dtype=torch.float64)
+    found = grpo_advantage(scores, Groups(["a", "a"]))
+    half = apart / 2**0.5
+    assert found.tolist() == pytest.approx([-half / (apart + 1e-6), half / (apart + 1e-6)])
 
 
 @pytest.mark.parametrize("scale", ["std", "none"])

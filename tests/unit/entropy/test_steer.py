@@ -232,6 +232,15 @@ class TestLoss:
         )
 
 
+def test_a_weight_of_nine_tenths_is_not_low():
+    """A single token has the middle of the range, here 0.9 in the precision that trainings have."""
+    given, logged = {name: value.float() for name, value in fields(rows=1, length=4).items()}, {}
+    given["response_mask"] = torch.tensor([[False, True, False, False]])
+    method(map="linear", token_weight_min=0.8, token_weight_max=1.0).weights(tokens_of(given, logged))
+    assert logged["token_weight_mean"] == pytest.approx(0.9)
+    assert logged["low_weight_share"] == 0
+
+
 class TestOmega:
     """It predicts what an update does to the entropy."""
 

@@ -240,6 +240,9 @@ class TestRefused:
             method(**options).check(OmegaConf.create(config))
         sentence(error.value, *words)
 
+    def test_an_interval_may_be_a_point(self):
+        method(lower=0.5, upper=0.5).check(OmegaConf.create({}))
+
     def test_beside_vade(self, sentence):
         with pytest.raises(CompositionError) as error:
             manager.build({"vade": {}, "mopps": {}})

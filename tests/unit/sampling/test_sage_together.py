@@ -6,9 +6,13 @@ import json
 import re
 
 import pytest
+from fakes import FakeDataset, FakeRun
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sage import ROW, Worker, method, play
+from test_vade import make_batch
+
+from verl_plugins.sampling.prompt_augmentation import prompt_tokens
 
 LEVELS, ROOM = 3, 1500
 MESSAGES = [
@@ -116,6 +120,39 @@ def test_one_visit(fresh, old, wanted, prefill):
         assert logged["hint_too_long"] == (bool(text) and not fits(text, prefill))
         assert logged["hint_parse_failed"] == (not readable(fresh))
     assert logged.get("answer_leak") == (leaks([text]) if given_ else None)
+
+
+@pytest.mark.parametrize(("spare", "asked"), [(0, 1), (-1, 0), (40, 1), (-40, 0)])
+def test_room_for_the_request_and_its_answer(spare, asked):
+    """Prompt and response together hold the request and `hint_max_tokens` of answer."""
+    answer, plugin = 300, method(hint_attempts=1, hint_max_tokens=300)
+    texts = plugin.wording
+    request = [
+        {"role": "system", "content": texts["tutor"].substitute()},
+        {"role": "user", "content": texts["request"].substitute(problem="2+2?", solution="2 and 2 are 4")},
+    ]
+    worker = Worker(["no"], [[False]])
+    longest = worker.run.config.data.max_prompt_length
+    needed = prompt_tokens(worker.run, request) + answer
+    worker.run.config.data.max_response_length = needed - longest + spare
+    play(plugin, worker)
+    assert len(worker.requests) == asked
+    assert worker.run.metrics["hint_request_too_long"] == (not asked)
+
+
+@FEW
+@given(st.lists(st.tuples(st.integers(0, LEVELS), st.integers(0, 4)), min_size=1, max_size=8))
+def test_levels_of_a_step(prompts):
+    """Share of prompts at each level, and the mean accuracy of those at it."""
+    run = FakeRun(dataset=FakeDataset(len(prompts)))
+    groups = [(number, [1.0] * right + [0.0] * (4 - right)) for number, (_, right) in enumerate(prompts)]
+    batch = make_batch(*groups, hint_used=[level for level, _ in prompts for _ in range(4)])
+    method().observe(run, batch)
+    for level in range(LEVELS + 1):
+        accuracies = [right / 4 for at, right in prompts if at == level]
+        assert run.metrics[f"level_{level}"] == pytest.approx(len(accuracies) / len(prompts))
+        expected = sum(accuracies) / len(accuracies) if accuracies else None
+        assert run.metrics.get(f"acc_level_{level}") == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("wanted", [0, 2])
