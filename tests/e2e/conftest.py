@@ -50,7 +50,7 @@ class Failing(Plugin):
 def third_party(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an installed distribution: two plugins and their recipes."""
     site = tmp_path_factory.mktemp("site")
-    for file in ("every_stage.py", "in_turn.py", "trouble.py"):
+    for file in ("every_stage.py", "in_turn.py", "trouble.py", "odd_loop.py"):
         shutil.copy(HERE / file, site)
     (site / "broken.py").write_text(BROKEN)
     information = site / "every_stage-1.0.dist-info"
