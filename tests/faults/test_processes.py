@@ -110,14 +110,6 @@ def test_signals(chain, numbers, code) -> None:
     assert each_step_once(run) and left_by(run) == []
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_while_the_run_starts(chain, number, code) -> None:
-    run = chain().until_there_is(FIRST)
-    run.process.send_signal(number)
-    assert run.ended(SAVED_SECONDS) == code
-    assert "Traceback" not in run.output and left_by(run) == []
-
-
 def test_kills_of_the_command_lose_no_line_and_leave_nothing(chain) -> None:
     """While it starts, and at two moments of a step."""
     killed = [chain().until_there_is(FIRST)]

@@ -6,7 +6,6 @@ import faulthandler
 import importlib
 import json
 import os
-import signal
 import sys
 import tempfile
 import time
@@ -91,10 +90,8 @@ def _told(terminal: Terminal, out: Path, signals: Signals, run: Callable[[], Non
             traceback.print_exc()
         for one in _chain(error):
             traceback.clear_frames(one.__traceback__)  # verl's progress bar ends here, and not on the terminal
-        if isinstance(error, SystemExit) and error.code == signal.SIGTERM:
-            error = Interrupted(signal.SIGTERM)  # Ray's own handler, which is in place while Ray starts
         if isinstance(error, KeyboardInterrupt):
-            terminal.say(f"{str(error) or 'interrupted'}: the run has ended")
+            terminal.say(f"{error or 'interrupted'}: the run has ended")
             terminal.say(how_to_go_on(out))
             return getattr(error, "code", 130)
         _tell(terminal, out, trouble(out) or sentence(error))

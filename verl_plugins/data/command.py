@@ -20,6 +20,10 @@ Unlabelled = Annotated[
     bool, typer.Option("--unlabelled", help="Keep questions without answer, for recipes that need none.")
 ]
 DropDuplicates = Annotated[bool, typer.Option("--drop-duplicates", help="Keep the first row of each question.")]
+Set = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting of the tasks, or of one: task.key=value; repeatable."),
+]
 
 app = typer.Typer(help="Data of your own.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -84,3 +88,44 @@ def convert(
         drop_duplicates=drop_duplicates,
     )
     print_report(convert_file(file, to, options, Console(stderr=True)), Console())
+
+
+@app.command()
+def gym(
+    tasks: Annotated[str, typer.Argument(metavar="TASK[=WEIGHT][,TASK…]", help="Names of reasoning-gym's tasks.")],
+    to: Annotated[Path, typer.Option("--to", metavar="OUT", help="The parquet file to write.")],
+    rows: Annotated[int, typer.Option(help="Rows for training.", min=1)] = 1000,
+    val_to: Annotated[Optional[Path], typer.Option(help="Another one, for rows that are held out.")] = None,  # noqa: UP045
+    val_rows: Annotated[Optional[int], typer.Option(help="How many those are. [default: an eighth]")] = None,  # noqa: UP045
+    settings: Set = None,
+    seed: Annotated[int, typer.Option(help="Seed of the questions.")] = 0,
+    system: Annotated[Text, typer.Option(help="A system message before each question.")] = None,
+    suffix: Annotated[Text, typer.Option(help="A last line for each question; '' for none.")] = None,
+) -> None:
+    """Make data of reasoning-gym's tasks, for the plugin reasoning_gym: a data_source for each task.
+
+    Example: verl-plugins data gym chain_sum,countdown=2 --rows 2000 --set chain_sum.max_terms=3 --to train.parquet
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from verl_plugins.data.gym import SUFFIX, Options, parse_settings, parse_tasks, write
+
+    weights = parse_tasks(tasks)
+    options = Options(
+        rows=rows,
+        val_to=val_to,
+        val_rows=val_rows,
+        seed=seed,
+        settings=parse_settings(settings or (), list(weights)),
+        system=system,
+        suffix=SUFFIX if suffix is None else suffix,
+    )
+    written = write(weights, to, options, Console(stderr=True))
+    table = Table(title=f"{to}{f' and {val_to}' if val_to else ''}", title_justify="left")
+    for heading in ("task", "rows", "held out", "longest question (characters)"):
+        table.add_column(heading, justify="left" if heading == "task" else "right")
+    for one in written:
+        table.add_row(one.task, *map(str, (one.train, one.val, one.longest_question)))
+    Console().print(table)
+    print(f"first question:\n{written[0].example}\nanswer: {written[0].answer}")

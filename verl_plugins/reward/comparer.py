@@ -17,12 +17,11 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from cachetools import LRUCache, cached
 
-from verl_plugins.reward import verifier, words
+from verl_plugins.reward import words
 from verl_plugins.reward.final_answer import LAST, final_answer, marked_answer
 from verl_plugins.reward.normal_form import normal_form
 from verl_plugins.reward.pool import DeadlinePassed, Pool, WorkerDied
@@ -32,6 +31,7 @@ logger = logging.getLogger(__name__)
 RIGHT = ("equal text", "equal value")
 REASONS = (*RIGHT, "not equal", "no final answer", "not understood", "no ground truth", "error", "time-out")
 """Why an answer is right or wrong; one of them is the reason of each verdict."""
+WORK = "verl_plugins.reward.judging:load"
 LONGEST = 2000
 """Longer answers and truths are compared as texts only."""
 WHOLE_NUMBER = re.compile("0|-?[1-9][0-9]*")
@@ -76,7 +76,7 @@ class Comparer:
         max_characters: int = LAST,
         cache_size: int = 16384,
     ) -> None:
-        self.pool = Pool(Path(verifier.__file__), workers, deadline, memory_mb << 20)
+        self.pool = Pool(WORK, workers, deadline, memory_mb << 20)
         self.max_characters = max_characters
         # With the condition, threads that bring the same pair wait for the first instead of hanging as well.
         self._remembered = cached(LRUCache(cache_size), condition=threading.Condition())(self._ask)

@@ -109,7 +109,7 @@ def final_answer(text: str, last: int = LAST) -> str | None:
 def marked_answer(text: str, last: int = LAST) -> tuple[bool, str | None]:
     """Whether the response marks something as final, and what: None where the mark is empty or never closed."""
     text, thinking = _after_thinking(text)
-    tag, content = _in_tags(text)
+    tag, content = in_tags(text)
     if tag:
         return True, _inside(content)
     boxes = last_boxes(text)
@@ -125,6 +125,12 @@ def marked_answer(text: str, last: int = LAST) -> tuple[bool, str | None]:
         if found:
             return True, answer
     return False, None
+
+
+def after_thinking(text: str) -> str:
+    """The response without its thinking; "" if that never ends."""
+    rest, thinking = _after_thinking(text)
+    return "" if thinking else rest
 
 
 def last_boxed(text: str) -> str | None:
@@ -184,7 +190,7 @@ def _after_thinking(text: str) -> tuple[str, bool]:
     return (after, False) if end else (text, "<think>" in text)
 
 
-def _in_tags(text: str) -> tuple[bool, str]:
+def in_tags(text: str) -> tuple[bool, str]:
     """Whether there is an `<answer>`, and what is in the last one, "" if it never ends."""
     _, tag, after = text.rpartition("<answer>")
     content, end, _ = after.partition("</answer>")

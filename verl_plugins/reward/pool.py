@@ -1,7 +1,7 @@
 """Processes that answer requests under a deadline and are killed and replaced when they pass it.
 
-A pool has one server process, which imports what the work needs once, and workers forked from it (`verifier.py` is such
-a program). It may be used from any number of threads. Nothing starts before `start` or the first request. All
+A pool has one server process, which imports what the work needs once, and workers forked from it (`verifier.py` is the
+program of both). It may be used from any number of threads. Nothing starts before `start` or the first request. All
 processes end with the pool, or with the process that owns it however that ends.
 """
 
@@ -17,10 +17,11 @@ import subprocess
 import sys
 import threading
 import weakref
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from verl_plugins.errors import PluginError
+from verl_plugins.reward import verifier
 from verl_plugins.reward.verifier import receive, send
 
 START_SECONDS = 120.0
@@ -42,16 +43,18 @@ class WorkerDied(Exception):
 
 
 class Pool:
-    """`workers` processes of `program`.
+    """`workers` processes that do `work`.
 
     Args:
-        program: a script with the protocol of `verifier.py`.
+        work: `module:function`, which gives the function that answers requests (`judging.py` has one).
         deadline: seconds a request may take, waiting for a free worker not counted.
         memory: the most address space of a worker, in bytes.
+        readable: folders whose files a worker may read.
     """
 
-    def __init__(self, program: Path, workers: int, deadline: float, memory: int) -> None:
-        self.program, self.workers, self.deadline, self.memory = program, workers, deadline, memory
+    def __init__(self, work: str, workers: int, deadline: float, memory: int, readable: Sequence[str] = ()) -> None:
+        self.work, self.workers, self.deadline, self.memory = work, workers, deadline, memory
+        self.readable = list(readable)
         self._lock = threading.Lock()
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
         self._server: _Server | None = None
@@ -61,9 +64,9 @@ class Pool:
         """Start the processes, without waiting until they are ready."""
         with self._lock:
             if self._closed:
-                raise PluginError(f"the pool of {self.program.name} is closed")
+                raise PluginError(f"the pool of {self.work} is closed")
             if self._server is None:
-                self._server = _Server(self.program, self.deadline, self.memory)
+                self._server = _Server(self.work, self.deadline, self.memory, self.readable)
                 for _ in range(self.workers):
                     self._idle.put(self._server.fork())
 
@@ -105,7 +108,7 @@ class Pool:
         worker.connection.close()
         with self._lock:
             if self._closed:
-                raise PluginError(f"the pool of {self.program.name} is closed")
+                raise PluginError(f"the pool of {self.work} is closed")
             try:
                 cause = "its server ended"
                 if worker.server is self._server and hung:
@@ -115,7 +118,7 @@ class Pool:
                 return self._server.fork(), cause
             except OSError:
                 self._server.stop()
-                self._server = _Server(self.program, self.deadline, self.memory)
+                self._server = _Server(self.work, self.deadline, self.memory, self.readable)
                 return self._server.fork(), "its server ended"
 
 
@@ -144,7 +147,7 @@ class _Worker:
             receive(self.connection)
         except (OSError, EOFError):
             raise PluginError(
-                "a process that compares answers ended while it started, or did not start within "
+                "a process that looks at answers ended while it started, or did not start within "
                 f"{START_SECONDS:.0f} s; what it said is in the log"
             ) from None
         self._ready = True
@@ -158,16 +161,17 @@ class _Worker:
 class _Server:
     """This side of the process that forks workers. It ends when the control socket closes or its parent ends."""
 
-    def __init__(self, program: Path, deadline: float, memory: int) -> None:
+    def __init__(self, work: str, deadline: float, memory: int, readable: Sequence[str] = ()) -> None:
         self._control, other_side = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.settimeout(COMMAND_SECONDS)
         self._numbers = itertools.count()
         path = [os.path.abspath(folder) for folder in sys.path if folder]
-        settings = json.dumps({"path": path, "memory": memory, "seconds": deadline})
+        given = {"path": path, "work": work, "memory": memory, "seconds": deadline, "readable": list(readable)}
+        settings = json.dumps(given)
         # A fixed hash seed: the order of sympy's sets, and with it a verdict, must not differ from run to run.
         inherited = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
         self._process = subprocess.Popen(
-            [sys.executable, "-s", "-S", str(program), str(other_side.fileno()), settings],
+            [sys.executable, "-s", "-S", verifier.__file__, str(other_side.fileno()), settings],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             cwd="/",

@@ -1,8 +1,9 @@
-"""The program of a `Pool` that compares answers (`compare.py`). It is started by path, in an interpreter of its own.
+"""The program of a `Pool`, whose workers look at answers. It is started by path, in an interpreter of its own.
 
-The server imports sympy once and forks workers on demand, so a killed worker is replaced within milliseconds. It
-imports neither verl nor torch. A worker reads model output, and sympy and latex2sympy evaluate text in places
-(`sympy.Number`, `nsimplify`): so a worker may read Python modules and nothing else, and evaluates arithmetic only.
+What the workers do is said by name (`module:function`, as `judging.py` has it for mathematics): the server calls it
+once, for the imports that the work takes and the function that answers requests, and forks workers on demand, so a
+killed worker is replaced within milliseconds. A worker reads model output, and sympy and latex2sympy evaluate text in
+places (`sympy.Number`, `nsimplify`): so it may read Python modules and nothing else, and evaluates arithmetic only.
 
 Control socket: `fork <n>` with the socket worker n shall serve; `kill <n>`; `end <n>`, answered by the wait status when
 it has ended. Worker sockets: JSON with its length in front; the first message says that the worker is ready.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import json
 import logging
 import os
@@ -23,25 +25,27 @@ import socket
 import struct
 import sys
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
+Answer = Callable[[dict[str, Any]], dict[str, Any]]
+"""The reply to a request."""
 PR_SET_PDEATHSIG = 1
 LENGTH = struct.Struct("!Q")
-WARM_UP = (("12.5", "13"), (r"\frac{1}{2}", "0.4"), (r"\sqrt{3}x+1", r"x^2"), (r"\{1,2\}", r"(2,3)"), ("x>2", "x<y"))
-WARM_UP += ((r"\sum_{k=1}^n k", r"\ln 2"), ("5 km", "3"), (r"\sin x", r"\pi"), ("5-2i", "2+i"), ("|x|>3", "x^2<4"))
-"""Answers and truths compared before the first fork: regular expressions and parser tables are built on first use."""
 
 HARMLESS = {"compile", "exec", "import", "marshal.loads", "os.listdir", "open", "array.__new__", "builtins.id"}
 HARMLESS |= {"object.__getattr__", "object.__setattr__", "sys._getframe", "sys._getframemodulename"}
 HARMLESS |= {"resource.setrlimit", "sys.excepthook", "sys.unraisablehook"}
 """Audit events that scoring raises; `compile` and `open` are looked at more closely."""
 
-QUOTED = re.compile(r"'[\w.+-]*'")
+QUOTED = re.compile(r"'[\w.+-]*'|\"[\w.+-]*\"")
 NAME = re.compile(r"(\.\s*)?\b([^\W\d]\w*)")
 ARITHMETIC = re.compile(
     r"Integer|Float|Rational|Symbol|Function|E|I|e|pi|oo|sqrt|exp|log"  # numbers as sympy and mpmath write them
-    r"|def|return|if|else|and|or|not|None|A|B|k|[abcr]\d+|monomial_\w+"  # functions on monomials that sympy generates
+    r"|a?(?:sin|cos|tan)h?|ln|Abs|[A-MPRT-Za-z]"  # names in an answer; S, N, O and Q are functions of sympy
+    r"|def|return|if|else|and|or|not|None|[abcr]\d+|monomial_\w+"  # functions on monomials that sympy generates
 )
+LITERAL = re.compile(r"[\d\s.,:+\-eE()\[\]{}]*")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -71,32 +75,29 @@ def _exactly(connection: socket.socket, length: int) -> bytes:
 
 
 def main() -> None:
-    """Arguments: the control socket's number, and the settings as JSON (`path`, `memory`, `seconds`)."""
+    """Arguments: the control socket's number, and the settings as JSON (`path`, `work` and what `work()` takes)."""
     parent = os.getppid()
     control, settings = socket.socket(fileno=int(sys.argv[1])), json.loads(sys.argv[2])
     sys.path[:] = settings.pop("path")
     logging.disable()
-    from verl_plugins.reward.compare import judge
-    from verl_plugins.reward.plain import judge_plainly
-
-    for answer, truth in WARM_UP:
-        judge(answer, truth)
-        judge_plainly(f"${answer}$", truth)
-    judge_plainly(r"\boxed{(x-1)(x+1)}", "x^2-1")
+    module, _, function = settings.pop("work").partition(":")
+    answer = getattr(importlib.import_module(module), function)()
     warnings.simplefilter("ignore")  # only now: sympy sets filters of its own
     gc.collect()
     gc.freeze()  # keeps memory shared with the workers
     children: dict[int, int] = {}
     killed: set[int] = set()
     while os.getppid() == parent:
-        if select.select([control], [], [], 1.0)[0] and not _serve(control, children, killed, settings):
+        if select.select([control], [], [], 1.0)[0] and not _serve(control, children, killed, answer, settings):
             break
         killed -= {pid for pid in killed if os.waitpid(pid, os.WNOHANG)[0]}
     for pid in killed | set(children.values()):
         _end(pid)
 
 
-def _serve(control: socket.socket, children: dict[int, int], killed: set[int], settings: dict[str, Any]) -> bool:
+def _serve(
+    control: socket.socket, children: dict[int, int], killed: set[int], answer: Answer, settings: dict[str, Any]
+) -> bool:
     """Carry out one command; False when the pool is gone. Pids are not reused: only this process reaps them."""
     message, descriptors, _, _ = socket.recv_fds(control, 64, 1)
     if not message:
@@ -107,7 +108,7 @@ def _serve(control: socket.socket, children: dict[int, int], killed: set[int], s
         server = os.getpid()
         children[int(number)] = pid = os.fork()
         if pid == 0:
-            _become_worker(connection, control, server, settings)
+            _become_worker(connection, control, server, answer, settings)
         connection.close()
     elif command == "kill":
         os.kill(children[int(number)], signal.SIGKILL)
@@ -123,13 +124,15 @@ def _end(pid: int) -> int:
     return os.waitpid(pid, 0)[1]
 
 
-def _become_worker(connection: socket.socket, control: socket.socket, server: int, settings: dict[str, Any]) -> None:
+def _become_worker(
+    connection: socket.socket, control: socket.socket, server: int, answer: Answer, settings: dict[str, Any]
+) -> None:
     """Never returns."""
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == server:
             control.close()
-            work(connection, **settings)
+            work(connection, answer, **settings)
     except (ConnectionError, EOFError):
         os._exit(0)  # the pool has let go of this worker
     except BaseException:
@@ -137,45 +140,48 @@ def _become_worker(connection: socket.socket, control: socket.socket, server: in
     os._exit(1)
 
 
-def work(connection: socket.socket, memory: int, seconds: float) -> None:
+def work(connection: socket.socket, answer: Answer, memory: int, seconds: float, readable: Sequence[str]) -> None:
     """Answer requests until the pool closes the connection.
 
     Args:
+        answer: makes the reply to a request; its part `what` begins with MemoryError where memory ran out.
         memory: the most address space, in bytes.
         seconds: the most CPU time per request: a worker that nobody kills ends by itself.
+        readable: folders whose files may be read.
     """
-    from verl_plugins.reward.compare import judge
-    from verl_plugins.reward.plain import judge_plainly
-
     send(connection, {"pid": os.getpid(), "modules": sorted(sys.modules)})
-    confine(memory)
+    confine(memory, readable)
     while True:
         request = receive(connection)
         used = resource.getrusage(resource.RUSAGE_SELF)
         _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + seconds) + 2, soft=True)
-        reply = judge_plainly(**request) if "text" in request else judge(**request)
+        reply = answer(request)
         send(connection, reply)
         if reply.get("what", "").startswith("MemoryError"):
             return  # what filled the memory may still be held
 
 
-def confine(memory: int) -> None:
+def confine(memory: int, readable: Sequence[str] = ()) -> None:
     """Take from this process, for good, what comparing does not need: files, processes, the network, much memory."""
     sys.dont_write_bytecode = True
     _limit(resource.RLIMIT_AS, memory)
     for kind in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE, resource.RLIMIT_NPROC):
         _limit(kind, 0)
     folders = tuple(os.path.join(folder, "") for folder in sys.path)
+    data = tuple(os.path.join(os.path.realpath(folder), "") for folder in readable)
 
     def is_module(file: Any) -> bool:
         name = os.fsdecode(file) if isinstance(file, (str, bytes)) else ""
         return name.startswith(folders) and name.endswith((".py", ".pyc"))
 
+    def is_data(file: Any) -> bool:
+        return isinstance(file, (str, bytes)) and bool(data) and os.path.realpath(os.fsdecode(file)).startswith(data)
+
     def refuse(event: str, args: tuple) -> None:
         if event == "open":
-            allowed = is_module(args[0]) and not args[2] & WRITING
+            allowed = (is_module(args[0]) or is_data(args[0])) and not args[2] & WRITING
         elif event == "compile" and isinstance(args[0], (str, bytes)):
-            allowed = is_module(args[1]) or is_arithmetic(args[0])
+            allowed = is_module(args[1]) or is_arithmetic(args[0]) or is_literal(args[0])
         else:
             allowed = event in HARMLESS
         if not allowed:
@@ -192,6 +198,12 @@ def is_arithmetic(source: str | bytes) -> bool:
     text = QUOTED.sub("", text)
     names = NAME.findall(text)
     return not set(text) & set("'\"`@;[]{}\\") and all(not dot and ARITHMETIC.fullmatch(name) for dot, name in names)
+
+
+def is_literal(source: str | bytes) -> bool:
+    """Whether Python source is a number, a quoted word, or a list, tuple, set or dict of them."""
+    text = source.decode() if isinstance(source, bytes) else source
+    return LITERAL.fullmatch(re.sub(r"True|False|None", "", QUOTED.sub("", text))) is not None
 
 
 def _limit(kind: int, value: int, soft: bool = False) -> None:

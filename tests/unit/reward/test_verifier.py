@@ -17,6 +17,7 @@ import pytest
 
 from verl_plugins.errors import PluginError
 from verl_plugins.reward import verifier
+from verl_plugins.reward.comparer import WORK
 from verl_plugins.reward.pool import DeadlinePassed, Pool, WorkerDied, _Server
 
 PROGRAM = Path(verifier.__file__)
@@ -67,7 +68,7 @@ class Started(NamedTuple):
 def started(workers, deadline):
     """A pool that has answered, and its server process."""
     known = servers()
-    pool = Pool(PROGRAM, workers, deadline, MEMORY)
+    pool = Pool(WORK, workers, deadline, MEMORY)
     assert pool.ask(GOOD)["reason"] == RIGHT
     (server,) = [server for server in servers() if server not in known]
     yield Started(pool, server)
@@ -91,12 +92,12 @@ def patient():
 class TestPool:
     def test_nothing_starts_before_the_first_request(self):
         known = servers()
-        pool = Pool(PROGRAM, 2, 1.0, MEMORY)
+        pool = Pool(WORK, 2, 1.0, MEMORY)
         assert servers() == known
         pool.close()
 
     def test_workers_import_sympy_and_nothing_heavy(self):
-        server = _Server(PROGRAM, 1.0, MEMORY)
+        server = _Server(WORK, 1.0, MEMORY)
         modules = set(verifier.receive(server.fork().connection)["modules"])
         server.stop()
         assert {"sympy", "latex2sympy2_extended", "verl_plugins.reward.compare"} <= modules
@@ -173,7 +174,7 @@ class TestPool:
 
     def test_a_forgotten_pool_ends_its_processes(self):
         known = servers()
-        pool = Pool(PROGRAM, 1, 1.0, MEMORY)
+        pool = Pool(WORK, 1, 1.0, MEMORY)
         pool.ask(GOOD)
         processes = [process for server in servers() if server not in known for process in (server, *server.children())]
         assert len(processes) == 2
@@ -184,9 +185,8 @@ class TestPool:
     def test_processes_end_with_their_owner_even_while_hung(self, end):
         code = f"""
             import threading, time
-            from pathlib import Path
             from verl_plugins.reward.pool import Pool
-            pool = Pool(Path({str(PROGRAM)!r}), 2, 60, {MEMORY})
+            pool = Pool({WORK!r}, 2, 60, {MEMORY})
             pool.ask({GOOD!r})
             threading.Thread(target=pool.ask, args=[{HANG!r}], daemon=True).start()
             time.sleep(0.3)
@@ -202,10 +202,9 @@ class TestPool:
         owner.wait(20)
         assert gone(seen)
 
-    def test_a_program_that_cannot_start_is_one_clear_error(self, tmp_path):
-        program = tmp_path / "broken.py"
-        program.write_text("import does_not_exist")
-        pool = Pool(program, workers=2, deadline=1, memory=MEMORY)
+    @pytest.mark.parametrize("work", ["does_not_exist:load", "verl_plugins.reward.judging:lode", "json:loads"])
+    def test_work_that_cannot_start_is_one_clear_error(self, work):
+        pool = Pool(work, workers=2, deadline=1, memory=MEMORY)
         for _ in range(3):
             with pytest.raises(PluginError, match="ended while it started"):
                 pool.ask({})
@@ -219,6 +218,8 @@ ATTEMPTS = {
     "subclasses": "[c for c in ().__class__.__base__.__subclasses__() if c.__name__ == 'Popen'][0]('{file}')",
     "builtins": "print.__self__.open('{file}', 'w')",
     "lambda": "(lambda: open('{file}', 'w'))()",
+    "letters": "S('open')('{file}', 'w')",
+    "list": "['{file}'.__class__, open('{file}', 'w')]",
 }
 
 
