@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -18,9 +20,11 @@ from verl_plugins.cpu.demo import read_metrics
 pytestmark = pytest.mark.cluster
 
 BIN = Path(sys.executable).parent
-READY, TIMEOUT = 120, 800
+READY, TIMEOUT = 300, 800
 PLAIN = ("trainer.val_before_train=false", "trainer.test_freq=-1", "trainer.save_freq=1")
 """The preset cpu starts a node of its own; on a cluster it joins the one that is there."""
+ACCESS = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+"""Said to every process, or Ray does what it finds in the home folder: its servers take a token there, clients none."""
 ON_A_CLUSTER = ("num_cpus", "num_gpus", "include_dashboard")
 
 
@@ -42,8 +46,8 @@ def address() -> Iterator[str]:
     try:
         for options in (head, [f"--address={where}"]):
             with (folder / f"node_{len(nodes)}.log").open("w") as log:
-                nodes.append(subprocess.Popen([*start, *options], stdout=log, stderr=log))
-            wait_for_nodes(where, len(nodes))
+                nodes.append(subprocess.Popen([*start, *options], stdout=log, stderr=log, env=os.environ | ACCESS))
+            wait_for_nodes(where, folder, len(nodes))
         yield where
     finally:
         for node in reversed(nodes):
@@ -52,20 +56,27 @@ def address() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def wait_for_nodes(address: str, count: int) -> None:
+def told(command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
+    """Run it to its end with the cluster's token."""
+    together = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.run(command, timeout=timeout, env=os.environ | ACCESS, **together)
+
+
+def wait_for_nodes(address: str, folder: Path, count: int) -> None:
     code = (
         "import ray, sys, time; until = time.time() + float(sys.argv[3])\n"
         "while time.time() < until:\n"
         "    try:\n"
         "        ray.init(address=sys.argv[1], log_to_driver=False)\n"
         "        if sum(node['Alive'] for node in ray.nodes()) == int(sys.argv[2]): sys.exit(0)\n"
-        "        ray.shutdown()\n"
-        "    except (ConnectionError, RuntimeError): pass\n"
-        "    time.sleep(1)\n"
+        "    except (ConnectionError, RuntimeError) as error: print(error)\n"
+        "    ray.shutdown(); time.sleep(1)\n"
         "sys.exit('the nodes did not come up')"
     )
     command = [sys.executable, "-c", code, address, str(count), str(READY)]
-    subprocess.run(command, check=True, timeout=2 * READY, capture_output=True)
+    done = told(command, timeout=2 * READY)
+    logs = "".join(log.read_text(errors="replace")[-2000:] for log in sorted(folder.glob("node_*.log")))
+    assert done.returncode == 0, done.stdout + logs
 
 
 def train(address: str, out: Path, steps: int) -> str:
@@ -73,7 +84,7 @@ def train(address: str, out: Path, steps: int) -> str:
     joined = [f"ray_kwargs.ray_init.{key}=null" for key in ON_A_CLUSTER]
     command = [str(BIN / "verl-plugins"), "run", "vade", "--preset", "cpu", "--out", str(out), *PLAIN, *joined]
     command += ["trainer.nnodes=2", f"+ray_kwargs.ray_init.address={address}", f"trainer.total_training_steps={steps}"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT)
+    done = told(command, timeout=TIMEOUT)
     assert done.returncode == 0, done.stdout + (out / "verl.log").read_text(errors="replace")[-3000:]
     return done.stdout
 

@@ -1,4 +1,7 @@
-"""Two actor ranks: every plugin that acts in the actor has its turn, in several micro-batches, metrics included."""
+"""Two actor ranks: every plugin that acts in the actor has its turn, in several micro-batches, metrics included.
+
+One rank's training beside it says what the split must not change.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,9 @@ from training import SHORT, Training, ours, train
 
 pytestmark = pytest.mark.e2e
 
-TWO = ("trainer.n_gpus_per_node=2", "ray_kwargs.ray_init.num_gpus=2")
+TWO = "trainer.n_gpus_per_node=2"
 SETTINGS = (
     *SHORT,
-    f"trainer.total_training_steps={len(TURNS)}",
     "actor_rollout_ref.rollout.full_determinism=true",
     "actor_rollout_ref.actor.ppo_epochs=2",
     "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=512",
@@ -23,7 +25,21 @@ SETTINGS = (
 
 @pytest.fixture(scope="module")
 def two(third_party: Path, out: Path) -> Training:
-    return train("in_turn", out / "two_ranks", *SETTINGS, *TWO, site=third_party)
+    steps = f"trainer.total_training_steps={len(TURNS)}"
+    return train("in_turn", out / "two_ranks", *SETTINGS, TWO, steps, site=third_party)
+
+
+@pytest.fixture(scope="module")
+def one(third_party: Path, out: Path) -> Training:
+    steps = f"trainer.total_training_steps={len(COMPARED)}"
+    return train("in_turn", out / "one_rank", *SETTINGS, steps, site=third_party)
+
+
+@pytest.mark.parametrize("turn", range(len(COMPARED)), ids=[name for name, _ in COMPARED])
+def test_loss_and_gradient_are_those_of_one_rank(one: Training, two: Training, turn: int) -> None:
+    alone, shared = one.steps[turn], two.steps[turn]
+    for key in ("actor/loss", "actor/grad_norm", "actor/entropy", "health/reward", "health/generated_tokens"):
+        assert shared[key] == pytest.approx(alone[key], rel=1e-4, abs=1e-4), key
 
 
 def test_each_has_its_turn(two: Training) -> None:

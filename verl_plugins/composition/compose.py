@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
+from functools import cache
 from importlib.metadata import EntryPoint
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,10 +67,11 @@ def compose(recipes: str, preset: str | None = None, overrides: Sequence[str] = 
     chosen = combine([name.strip() for name in recipes.split("+")], folders, {item.key_or_group for item in parsed})
     presets = preset_chain(preset, folders) if preset else []
     files = [*presets, *chosen.parts]
-    defaults = verl_config(_groups(files, parsed))
+    groups = _groups(files, parsed)
+    defaults = verl_config(groups)
     config = defaults.copy()
     for file in files:
-        _merge(config, file, _free_sections(defaults))
+        _merge(config, file, _free_sections(defaults), groups)
         for name, given in file.plugins.items():
             _expanded(name, given, str(file.file), installed)
     with open_dict(config):
@@ -96,8 +98,19 @@ def compose(recipes: str, preset: str | None = None, overrides: Sequence[str] = 
 
 def verl_config(groups: Sequence[str] = ()) -> DictConfig:
     """verl's `ppo_trainer` configuration, with Hydra group choices such as `model_engine=megatron`."""
+    for group in groups:
+        key, _, choice = group.lstrip("+").partition("=")
+        choices = {file.stem for file in (config_dir() / key).glob("*.yaml")}
+        if choices and choice not in choices:
+            raise CompositionError(f"{group}: verl has no {choice!r} there{nearest(choice, choices)}")
+    return _composed_by_hydra(str(config_dir()), tuple(groups)).copy()
+
+
+@cache
+def _composed_by_hydra(folder: str, groups: tuple[str, ...]) -> DictConfig:
+    """Reads thirty files, which takes a second."""
     try:
-        with initialize_config_dir(str(config_dir()), version_base=None):
+        with initialize_config_dir(folder, version_base=None):
             return hydra_compose("ppo_trainer", list(groups))
     except HydraException as error:
         raise CompositionError(f"{', '.join(groups)} does not fit verl's configuration: {one_line(error)}") from error
@@ -127,7 +140,7 @@ def _free_sections(defaults: DictConfig) -> frozenset[str]:
     return frozenset(key for key, value in known_keys(defaults).items() if value == {}) | frozenset(FREE_FORM)
 
 
-def _merge(config: DictConfig, file: Preset | Recipe, free: frozenset[str]) -> None:
+def _merge(config: DictConfig, file: Preset | Recipe, free: frozenset[str], groups: Sequence[str]) -> None:
     """Merge one file; a key that verl does not have must be in a free section or be written `+key`."""
     known = known_keys(config)
     for path, value in leaves(file.overrides):
@@ -137,7 +150,7 @@ def _merge(config: DictConfig, file: Preset | Recipe, free: frozenset[str]) -> N
         above = {".".join(keys[:depth]) for depth in range(1, len(keys))}
         own = isinstance(file, Preset) and keys[0] in OWN_SECTIONS
         if not (own or above & free or any(key.startswith("+") for key in path)):
-            _must_exist(".".join(keys), known, file.file)
+            _must_exist(".".join(keys), known, file, groups)
         put_key(config, ".".join(keys), value, known, str(file.file), add=True)
 
 
@@ -145,14 +158,20 @@ def _keys_of(file: Preset | Recipe) -> set[str]:
     return {".".join(key.removeprefix("+") for key in path) for path, _ in leaves(file.overrides)}
 
 
-def _must_exist(key: str, known: Mapping[str, Any], file: Path) -> None:
+def _must_exist(key: str, known: Mapping[str, Any], file: Preset | Recipe, groups: Sequence[str]) -> None:
     if key in known:
         return
     first = next(name for name in prefixes(key) if name not in known)
+    if groups and key in known_keys(verl_config()):
+        who = f"{'preset' if isinstance(file, Preset) else 'recipe'} {file.name!r}"
+        raise CompositionError(
+            f"{', '.join(groups)} does not go with {who}, which sets {first!r}, a key that is gone then: leave "
+            f"{', '.join(groups)} out, or choose another preset, as in --preset 1gpu"
+        )
     close = nearest_key(key, known) or nearest_key(first, known)
     hint = f"did you mean {close!r}, or " if close else ""
     added = f"+{first.rpartition('.')[2]}"
-    raise CompositionError(f"{file}: verl's configuration has no key {first!r}; {hint}write {added!r} to add it")
+    raise CompositionError(f"{file.file}: verl's configuration has no key {first!r}; {hint}write {added!r} to add it")
 
 
 def _expand_plugins(config: DictConfig, installed: Sequence[EntryPoint]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from verl_plugins.composition import refusals
+from verl_plugins.composition import refusals, sizes
 from verl_plugins.composition.compose import Composed
 from verl_plugins.composition.loggers import check_loggers
 from verl_plugins.composition.look import reward
@@ -50,6 +50,7 @@ def check(composed: Composed) -> Plugins:
             for need in sorted(plugin.needs):
                 _provide(config, need, plugin)
             _ask(plugin, config)
+        sizes.check(config)
     except OmegaConfBaseException as error:
         raise CompositionError(f"the composed configuration cannot be resolved: {one_line(error)}") from error
     return plugins
@@ -82,11 +83,6 @@ def _check_trainer(config: DictConfig) -> None:
         raise CompositionError(
             "trainer.max_actor_ckpt_to_keep=1 lets verl delete the old checkpoint before it marks the new one, and a "
             "kill in between leaves none: set trainer.max_actor_ckpt_to_keep=2 or more"
-        )
-    if file := OmegaConf.select(config, "ray_kwargs.timeline_json_file"):
-        raise CompositionError(
-            f"ray_kwargs.timeline_json_file={file}: it needs Ray's dashboard, which a run does not start: "
-            "leave it at null"
         )
     manager = OmegaConf.select(config, "actor_rollout_ref.rollout.agent.agent_loop_manager_class")
     if manager is not None:

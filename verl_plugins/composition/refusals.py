@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_plugins.composition.compose import Composed
 from verl_plugins.composition.manager import Plugins
-from verl_plugins.errors import CompositionError
+from verl_plugins.errors import CompositionError, nearest
 from verl_plugins.hookspecs import STAGES
 
 ESTIMATORS = (
@@ -41,6 +41,9 @@ ENGINE_KEYS = {
 FSDP = ("fsdp", "fsdp2")
 MODEL = "actor_rollout_ref.model"
 CRITIC_MODEL = "critic.model.path"
+PARTS = ("acc", "score", "equal_text", "equal_value", "not_equal", "no_final_answer", "not_understood")
+PARTS += ("no_ground_truth", "verifier_error", "verifier_timeout")
+"""Numbers among the parts of the default scorer's reward."""
 
 
 def check(composed: Composed, plugins: Plugins) -> None:
@@ -52,6 +55,7 @@ def check(composed: Composed, plugins: Plugins) -> None:
     _check_lora(config)
     _check_sglang(config)
     _check_profiling(config)
+    _check_filter(config, plugins)
 
 
 def giving_way(composed: Composed, plugins: Plugins) -> list[str]:
@@ -141,6 +145,25 @@ def _check_sglang(config: DictConfig) -> None:
         raise CompositionError(
             "actor_rollout_ref.rollout.full_determinism=True is for verl's vLLM servers only, and rollout.name is "
             "sglang: set it to False, or set actor_rollout_ref.rollout.name=vllm"
+        )
+
+
+def _check_filter(config: DictConfig, plugins: Plugins) -> None:
+    """What groups are filtered by exists; verl's V1 trainer looks for it when the first groups have been rolled out."""
+    section = config.algorithm.filter_groups
+    if not (section and section.enable):
+        return
+    key, scoring = "algorithm.filter_groups.metric", [name for name, _ in plugins.of_stage("score_answer")]
+    known = ("reward", *PARTS)
+    if section.metric is None or (scoring == ["math_verify"] and section.metric not in known):
+        hint = nearest(str(section.metric), known)
+        raise CompositionError(
+            f"{key} is {section.metric!r}, and groups are told apart by a number of the reward{hint}"
+        )
+    if section.max_num_gen_batches > 0:
+        raise CompositionError(
+            f"algorithm.filter_groups.max_num_gen_batches={section.max_num_gen_batches} is not read by verl's V1 "
+            "trainer, which draws until the batch is full: set it to 0"
         )
 
 

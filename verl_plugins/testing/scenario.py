@@ -6,7 +6,6 @@ cut off by its budget, and one with a token that the policy did not generate (as
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,7 +59,7 @@ class Scenario:
 
     def config(self, plugins: Mapping[str, Any]) -> DictConfig:
         """verl's own configuration with the sizes and overrides of this scenario and a section `plugins`, read-only."""
-        config = _verl_config().copy()
+        config = verl_config()
         sizes = {
             "data.train_batch_size": self.prompts,
             "data.max_response_length": self.tokens,
@@ -79,11 +78,6 @@ class Scenario:
         OmegaConf.set_readonly(of_mini_batch, False)
         OmegaConf.set_struct(of_mini_batch, False)
         return config
-
-
-@functools.cache
-def _verl_config() -> DictConfig:
-    return verl_config()
 
 
 class Questions:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import sys
 import textwrap
@@ -17,16 +16,6 @@ RECIPES = ("grpo", "mc_grpo", "vade", "clip_cov")
 PRESETS = ("cpu", "1gpu", "8gpu")
 ABOUT = "recipe: {title: A, summary: B}\n"
 PRESET = "preset: {title: A, summary: B, prepare: 'acme:make'}\nactor_rollout_ref: {rollout: {name: vllm, n: 4}}\n"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def verl_read_once():
-    """verl's configuration takes Hydra most of a second to compose; tests share it."""
-    with pytest.MonkeyPatch.context() as patch:
-        cached = functools.cache(lambda groups: original(groups))
-        original = compose.verl_config
-        patch.setattr(compose, "verl_config", lambda groups=(): cached(tuple(groups)).copy())
-        yield
 
 
 def composed(recipes: str = "grpo", *overrides: str, preset: str | None = None) -> compose.Composed:

@@ -3,48 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from verl_plugins.composition import needs, refusals
-from verl_plugins.composition.compose import Composed, compose
-from verl_plugins.errors import CompositionError
+from verl_plugins.composition import manager, manifest, refusals
+from verl_plugins.composition.settings import typed
+from verl_plugins.services import Answer
 
 RLOO, GAE = "algorithm.adv_estimator=rloo", "algorithm.adv_estimator=gae"
 ACTOR, MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.model"
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Callable[..., Composed]:
-    """Composed and checked; on GPU presets with data files that exist."""
-    data = tmp_path / "data.parquet"
-    data.touch()
-
-    def checked(recipe: str, *overrides: str, preset: str = "cpu") -> Composed:
-        files = [] if preset == "cpu" else [f"data.{key}={data}" for key in ("train_files", "val_files")]
-        composed = compose(recipe, preset, [*files, *overrides])
-        needs.check(composed)
-        return composed
-
-    return checked
-
-
-@pytest.fixture
-def refused(run: Callable[..., Composed], sentence: Callable) -> Callable[..., None]:
-    """Asserts that it is, in one sentence with these parts, and that the override named there mends it."""
-
-    def check(
-        recipe: str, *overrides: str, parts: tuple[str, ...], mended: tuple[str, ...] = (), **preset: str
-    ) -> None:
-        with pytest.raises(CompositionError) as error:
-            run(recipe, *overrides, **preset)
-        sentence(error.value, *parts, *mended)
-        if mended:
-            run(recipe, *overrides, *mended, **preset)
-
-    return check
 
 
 class TestEstimator:
@@ -115,6 +82,16 @@ class TestEngines:
     def test_megatron_s_strategy_without_its_engine(self, refused) -> None:
         refused("grpo", f"{ACTOR}.strategy=megatron", parts=(f"{ACTOR}.strategy", "model_engine=dp"), preset="1gpu")
 
+    @pytest.mark.parametrize("engine", ["megatron", "veomni", "torchtitan"])
+    @pytest.mark.parametrize("recipe", ["grpo", "clip_cov+vade"])
+    def test_other_engines_do_not_go_with_the_cpu(self, refused, recipe, engine) -> None:
+        refused(recipe, f"model_engine={engine}", parts=(f"model_engine={engine}", "preset 'cpu'", "--preset 1gpu"))
+
+    @pytest.mark.parametrize(("engine", "meant"), [("megatrn", "megatron"), ("veomnni", "veomni"), ("fsdp", "dp")])
+    def test_an_engine_verl_does_not_have(self, refused, engine, meant) -> None:
+        for preset in ("cpu", "1gpu"):
+            refused("grpo", f"model_engine={engine}", parts=(repr(engine), meant), preset=preset)
+
     @pytest.mark.parametrize(
         "key",
         [f"{ACTOR}.strategy", f"{ACTOR}.fsdp_config.strategy", "actor_rollout_ref.ref.strategy", "critic.strategy"],
@@ -165,3 +142,32 @@ def test_gpu_presets_bound_the_checkpoints_that_are_kept(run, preset) -> None:
     assert (
         2 <= trainer.max_actor_ckpt_to_keep <= 5 and trainer.max_critic_ckpt_to_keep == trainer.max_actor_ckpt_to_keep
     )
+
+
+class TestFilteredGroups:
+    """`algorithm.filter_groups`: verl looks for its metric when the first groups have been rolled out."""
+
+    ON = "algorithm.filter_groups.enable=true"
+
+    @pytest.mark.parametrize("metric", ["seq_reward", "accuracy", "seq_final_reward", "reason", "answer", "null"])
+    def test_by_something_the_reward_does_not_have(self, refused, metric) -> None:
+        refused("grpo", self.ON, f"algorithm.filter_groups.metric={metric}", parts=("algorithm.filter_groups.metric",))
+
+    @pytest.mark.parametrize("metric", ["reward", "acc", "score", "not_understood"])
+    def test_by_something_it_has(self, run, metric) -> None:
+        run("grpo", self.ON, f"algorithm.filter_groups.metric={metric}")
+
+    @pytest.mark.parametrize("scorer", ["reward.custom_reward_function.path=mine.py", "~plugins.math_verify"])
+    def test_what_another_scorer_gives_is_not_known(self, run, scorer) -> None:
+        run("grpo", self.ON, "algorithm.filter_groups.metric=seq_reward", scorer)
+
+    def test_a_bound_that_nothing_reads(self, refused) -> None:
+        bound = "algorithm.filter_groups.max_num_gen_batches"
+        refused("grpo", self.ON, f"{bound}=10", parts=(f"{bound}=10",), mended=(f"{bound}=0",))
+
+    def test_the_parts_are_those_of_the_default_scorer(self) -> None:
+        cls = manager.load(manifest.find("math_verify", manifest.entries()))
+        scorer = cls(typed(cls.Config, {}, "plugins.math_verify"))
+        verdict = scorer.score_answer(Answer(text="7", ground_truth="7", data_source="", extra_info={}))
+        numbers = {name for name, value in verdict.parts.items() if isinstance(value, float)}
+        assert set(refusals.PARTS) == numbers | {"acc", "score"}

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_plugins.composition.cache import find_room_for_datasets
 from verl_plugins.composition.compose import Composed
+from verl_plugins.composition.look.agent import look_at_agent
 from verl_plugins.composition.look.data import Found, look_at_data
 from verl_plugins.composition.look.folder import look_at_folder
 from verl_plugins.composition.look.model import PATH, look_at_model
@@ -42,6 +43,7 @@ def look(composed: Composed, plugins: Plugins, out: Path | None = None) -> list[
             model = look_at_model(config, made.get(PATH))
         if not any(OmegaConf.is_missing(config.data, name) for name in ("train_files", "val_files")):
             found = look_at_data(config, model, labels, made)
+        look_at_agent(config, named_by_rows=any(one.names_loop or one.unread for one in found))
         folder = look_at_folder(config, out) if out is not None else []
     seen = f"model: {model}" if model else "model: not looked at before the run"
     return [reward, seen, *(described(one, config) for one in found), *folder]

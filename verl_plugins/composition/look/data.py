@@ -40,6 +40,8 @@ class Found:
     """Rows of each file whose prompt is longer than the limit."""
     sampled: bool = False
     """Whether only the longest texts were rendered."""
+    names_loop: bool = False
+    """Whether its rows say which agent loop they take."""
     unread: bool = False
     """Whether some file can be read by the run only."""
 
@@ -99,6 +101,7 @@ def _look_at_split(key: str, config: DictConfig, model: Model | None, labels: La
             found.unread = True
             continue
         table = _read(key, made or Path(file))
+        found.names_loop |= "agent_name" in table.column_names
         _look_at_columns(key, file, table, data, kinds)
         _look_at_rows(found, file, table, config, model, labels)
     _look_at_lengths(found, data)

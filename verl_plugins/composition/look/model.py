@@ -17,12 +17,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from verl_plugins.composition.look.architecture import OVERRIDES, PATH, look_at_architecture
 from verl_plugins.composition.look.hub import is_name, snapshot
 from verl_plugins.composition.look.words import short
+from verl_plugins.composition.refusals import has_critic
 from verl_plugins.errors import CompositionError, nearest
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 TOKENIZER = "actor_rollout_ref.model.tokenizer_path"
+CRITIC = "critic.model.path"
 TEMPLATE = "actor_rollout_ref.model.custom_chat_template"
 EXAMPLE = f"\"{TEMPLATE}='{{% for m in messages %}}{{{{ m.content }}}}{{% endfor %}}'\""
 """The plainest template, as the shell takes it."""
@@ -82,6 +84,7 @@ def look_at_model(config: DictConfig, made: Path | None = None) -> Model | None:
     """
     section = config.actor_rollout_ref.model
     _look_at_packages(config)
+    _look_at_critic(config)
     if "://" in section.path:
         return None
     path = _tidied(config, "path")
@@ -160,18 +163,18 @@ def _overridden(section: DictConfig) -> dict[str, Any]:
     return whole.get("model_config", whole)
 
 
-def _config_json(folder: Path) -> dict[str, Any]:
+def _config_json(folder: Path, key: str = PATH) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
-        raise CompositionError(f"{PATH}: {folder} has no config.json; set {PATH}=… to the folder of a model")
+        raise CompositionError(f"{key}: {folder} has no config.json; set {key}=… to the folder of a model")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CompositionError(
-            f"{PATH}: {file} cannot be read ({short(error)}); set {PATH}=… to a complete model"
+            f"{key}: {file} cannot be read ({short(error)}); set {key}=… to a complete model"
         ) from error
     if not isinstance(raw, dict) or "model_type" not in raw:
-        raise CompositionError(f"{PATH}: {file} has no model_type; set {PATH}=… to a model of transformers")
+        raise CompositionError(f"{key}: {file} has no model_type; set {key}=… to a model of transformers")
     return raw
 
 
@@ -207,6 +210,21 @@ def _look_at_packages(config: DictConfig) -> None:
             "actor_rollout_ref.model.use_liger is true and liger-kernel is not installed: set it to false, or "
             "pip install liger-kernel"
         )
+
+
+def _look_at_critic(config: DictConfig) -> None:
+    """The value model, where one is trained, is there and can be loaded."""
+    if not has_critic(config) or OmegaConf.is_missing(config.critic.model, "path"):
+        return
+    if config.trainer.device != "cpu" and find_spec("flash_attn") is None:
+        raise CompositionError(
+            "a value model is trained (critic), which verl loads with flash attention whatever is set, and flash-attn "
+            "is not installed: pip install flash-attn, or set algorithm.adv_estimator to one that needs none, such as "
+            "grpo"
+        )
+    path = config.critic.model.path
+    if path != config.actor_rollout_ref.model.path and "://" not in path:
+        _config_json(_folder(path, CRITIC), CRITIC)
 
 
 def _look_at_adapters(config: DictConfig) -> None:

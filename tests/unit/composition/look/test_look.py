@@ -13,6 +13,7 @@ import pytest
 
 from verl_plugins.composition.compose import compose
 from verl_plugins.composition.look import look
+from verl_plugins.composition.look import model as look_at
 from verl_plugins.composition.needs import check
 from verl_plugins.errors import CompositionError
 
@@ -193,3 +194,31 @@ def test_a_file_that_is_something_else(tmp_path: Path, sentence, content: bytes,
     with pytest.raises(CompositionError) as error:
         looked(file, models.write(tmp_path / "model"))
     sentence(error.value, "data.train_files", f"a.{ending} cannot be read")
+
+
+class TestCritic:
+    """A value model is looked at where one is trained."""
+
+    def test_it_is_there(self, tmp_path: Path, data: Path, sentence) -> None:
+        actor, critic = models.write(tmp_path / "model"), tmp_path / "critic"
+        asked = ("algorithm.adv_estimator=gae", f"critic.model.path={critic}")
+        for part in (f"there is no folder {critic}", "config.json"):
+            with pytest.raises(CompositionError) as error:
+                looked(data, actor, *asked)
+            sentence(error.value, "critic.model.path", part)
+            critic.mkdir(exist_ok=True)
+        models.write(critic)
+        looked(data, actor, *asked)
+        looked(data, actor, "critic.model.path=/not/there")
+
+    @pytest.mark.parametrize("estimator", ["gae", "grpo"])
+    def test_on_gpus_verl_loads_it_with_flash_attention_only(self, monkeypatch, sentence, estimator: str) -> None:
+        monkeypatch.setattr(look_at, "find_spec", lambda name: None)
+        overrides = (f"algorithm.adv_estimator={estimator}", "data.train_files=a.parquet", "data.val_files=a.parquet")
+        config = compose("grpo", "1gpu", overrides).config
+        if estimator == "grpo":
+            look_at._look_at_critic(config)
+            return
+        with pytest.raises(CompositionError) as error:
+            look_at._look_at_critic(config)
+        sentence(error.value, "flash-attn", "pip install", "algorithm.adv_estimator")
