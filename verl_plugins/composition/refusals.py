@@ -161,9 +161,10 @@ def _check_filter(config: DictConfig, plugins: Plugins) -> None:
             f"{key} is {section.metric!r}, and groups are told apart by a number of the reward{hint}"
         )
     if section.max_num_gen_batches > 0:
+        bound = "algorithm.filter_groups.max_num_gen_batches"
         raise CompositionError(
-            f"algorithm.filter_groups.max_num_gen_batches={section.max_num_gen_batches} is not read by verl's V1 "
-            "trainer, which draws until the batch is full: set it to 0"
+            f"{bound}={section.max_num_gen_batches} is not read by verl's V1 trainer, which draws until the batch is "
+            f"full: set {bound}=0"
         )
 
 

@@ -31,10 +31,10 @@ def check(config: DictConfig) -> None:
     """
     _check_ray(config)
     _check_servers(config)
-    _check_dynamic(config)
     reference = config.actor_rollout_ref.actor.use_kl_loss or config.algorithm.use_kl_in_reward
     trained = ["actor", "critic"] if has_critic(config) else ["actor"]
     scoring = [ROLLOUT, "actor_rollout_ref.ref"] if reference else [ROLLOUT]
+    _check_dynamic(config, trained, scoring)
     for role in [*trained, "ref"] if reference else trained:
         _check_sequence_parallel(config, role)
     for role in trained:
@@ -107,17 +107,23 @@ def _check_servers(config: DictConfig) -> None:
         )
 
 
-def _check_dynamic(config: DictConfig) -> None:
-    """The actor's two kinds of passes are cut alike, and those of a fixed size have one."""
+def _check_dynamic(config: DictConfig, trained: list[str], scoring: list[str]) -> None:
+    """The actor's two kinds of passes are cut alike, and where micro-batches have a fixed size it is given."""
     dynamic, key = bool(OmegaConf.select(config, DYNAMIC)), f"{ROLLOUT}.log_prob_use_dynamic_bsz"
     if bool(OmegaConf.select(config, key)) != dynamic:
         raise CompositionError(f"{key} differs from {DYNAMIC}={dynamic}: set {key}={dynamic}")
-    if dynamic:
-        return
-    sizes = ["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu", f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu"]
-    if missing := [f"{key}=…" for key in sizes if OmegaConf.select(config, key) is None]:
+    name = "micro_batch_size_per_gpu"
+    sizes = {f"{ROLES[role][0]}.use_dynamic_bsz": f"{ROLES[role][0]}.ppo_{name}" for role in trained}
+    sizes |= {f"{section}.log_prob_use_dynamic_bsz": f"{section}.log_prob_{name}" for section in scoring}
+    missing = {
+        switch: f"{size}=…"
+        for switch, size in sizes.items()
+        if not OmegaConf.select(config, switch) and OmegaConf.select(config, size) is None
+    }
+    if missing:
         raise CompositionError(
-            f"{DYNAMIC} is False and there is no size for micro-batches: set {' and '.join(missing)}, or {DYNAMIC}=True"
+            f"{next(iter(missing))} is False and there is no size for micro-batches: set "
+            f"{' and '.join(missing.values())}, or {DYNAMIC}=True"
         )
 
 

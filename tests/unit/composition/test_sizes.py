@@ -8,7 +8,7 @@ ACTOR, ROLLOUT, MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", 
 RANKS, GAE = "trainer.n_gpus_per_node", "algorithm.adv_estimator=gae"
 FIXED = f"{ACTOR}.use_dynamic_bsz=false"
 MICRO, PASSES = f"{ACTOR}.ppo_micro_batch_size_per_gpu", f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu"
-ULYSSES, PACKED = "ulysses_sequence_parallel_size", f"{MODEL}.use_remove_padding=true"
+ULYSSES, PACKED = "ulysses_sequence_parallel_size", f"{MODEL}.use_remove_padding=True"
 SDPA = f"+{MODEL}.override_config.attn_implementation=sdpa"
 
 
@@ -48,6 +48,18 @@ class TestRows:
     @pytest.mark.parametrize("preset", ["cpu", "1gpu"])
     def test_no_size_at_all(self, refused, given, missing, preset) -> None:
         refused("grpo", FIXED, *given, parts=missing, mended=(f"{ACTOR}.use_dynamic_bsz=True",), preset=preset)
+
+    @pytest.mark.parametrize(
+        ("more", "missing"),
+        [
+            (GAE, "critic.ppo_micro_batch_size_per_gpu"),
+            (f"{ACTOR}.use_kl_loss=true", "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu"),
+        ],
+    )
+    def test_no_size_for_the_other_models(self, refused, run, more, missing) -> None:
+        asked = (FIXED, f"{MICRO}=8", f"{PASSES}=8", more)
+        refused("grpo", *asked, parts=(missing,), mended=(f"{ACTOR}.use_dynamic_bsz=True",))
+        run("grpo", *asked, f"{missing}=8")
 
     def test_the_passes_follow_the_updates(self, run, refused) -> None:
         config = run("grpo", FIXED, f"{MICRO}=8", f"{PASSES}=8").config
