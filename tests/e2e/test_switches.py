@@ -5,19 +5,16 @@ Which of them a training has is said in docs/capabilities.yaml, of which the gui
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import yaml
-from tools import REMARK
 from training import SHORT, Training, healthy, train
 
 pytestmark = pytest.mark.e2e
 
 HERE = Path(__file__).parent
 CAPABILITIES = yaml.safe_load((HERE.parents[1] / "docs" / "capabilities.yaml").read_text())
-TOOLS = "actor_rollout_ref.rollout.multi_turn"
 STEPS = 2
 REWARD = """
 def seven(data_source, solution_str, ground_truth, extra_info=None):
@@ -31,11 +28,6 @@ def switches(test: str) -> list[str]:
     named = [entry for entry in CAPABILITIES if entry.get("test", "").endswith(f"{HERE.name}/test_switches.py::{test}")]
     assert named
     return [override for entry in named for override in entry["overrides"]]
-
-
-def dumped(training: Training, step: int) -> list[dict]:
-    """What a step trained on."""
-    return [json.loads(line) for line in (training.out / "rollouts" / f"{step}.jsonl").read_text().splitlines()]
 
 
 class TestReferenceCorrectionAndFilter:
@@ -72,37 +64,3 @@ class TestReferenceCorrectionAndFilter:
     def test_the_weights_of_the_correction_are_near_one_on_policy(self, trained: Training) -> None:
         for step in trained.steps:
             assert step["rollout_corr/rollout_is_mean"] == pytest.approx(1, abs=1e-3)
-
-
-class TestCriticAdapterAndTools:
-    """GAE with a critic, LoRA, packed sequences, micro-batches of a fixed size, tools in two turns, bypass mode."""
-
-    @pytest.fixture(scope="class")
-    def trained(self, out: Path) -> Training:
-        return train(
-            "vade",
-            out / "critic",
-            *SHORT,
-            f"trainer.total_training_steps={STEPS}",
-            f"trainer.rollout_data_dir={out}/critic/rollouts",
-            *switches("TestCriticAdapterAndTools"),
-            f"{TOOLS}.function_tool_path={HERE / 'tools.py'}",
-            f"{TOOLS}.format=every_answer",
-            f"{TOOLS}.max_assistant_turns=2",
-        )
-
-    def test_trains(self, trained: Training) -> None:
-        healthy(trained, STEPS, on_policy=False)
-        for step in trained.steps:
-            assert step["actor/ppo_kl"] == pytest.approx(0, abs=0.05)
-
-    def test_the_critic_learns(self, trained: Training) -> None:
-        first, second = trained.steps
-        assert 0 < second["critic/vf_loss"] < first["critic/vf_loss"]
-
-    def test_answers_go_on_behind_what_the_tool_says(self, trained: Training) -> None:
-        texts = [row["output"] for row in dumped(trained, 1)]
-        assert sum(REMARK in text and not text.endswith(REMARK) for text in texts) > len(texts) / 4
-        for step in trained.steps:
-            assert step["num_turns/max"] == 4
-            assert step["health/generated_tokens"] < step["response_length/mean"] * 128

@@ -102,7 +102,8 @@ def verl_config(groups: Sequence[str] = ()) -> DictConfig:
         key, _, choice = group.lstrip("+").partition("=")
         choices = {file.stem for file in (config_dir() / key).glob("*.yaml")}
         if choices and choice not in choices:
-            raise CompositionError(f"{group}: verl has no {choice!r} there{nearest(choice, choices)}")
+            hint = nearest(choice, choices)
+            raise CompositionError(f"{group} does not fit verl's configuration: there is no {choice!r}{hint}")
     return _composed_by_hydra(str(config_dir()), tuple(groups)).copy()
 
 

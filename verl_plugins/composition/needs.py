@@ -50,7 +50,7 @@ def check(composed: Composed) -> Plugins:
             for need in sorted(plugin.needs):
                 _provide(config, need, plugin)
             _ask(plugin, config)
-        sizes.check(config)
+        sizes.check(config, composed.given)
     except OmegaConfBaseException as error:
         raise CompositionError(f"the composed configuration cannot be resolved: {one_line(error)}") from error
     return plugins

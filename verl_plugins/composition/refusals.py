@@ -170,9 +170,9 @@ def _check_filter(config: DictConfig, plugins: Plugins) -> None:
 
 def _check_profiling(config: DictConfig) -> None:
     """What verl's own command does before and after a training, and this package's does not."""
-    if OmegaConf.select(config, "ray_kwargs.timeline_json_file"):
+    if file := OmegaConf.select(config, "ray_kwargs.timeline_json_file"):
         raise CompositionError(
-            "ray_kwargs.timeline_json_file is written by verl's own command only: leave it null, and run "
+            f"ray_kwargs.timeline_json_file={file} is written by verl's own command only: leave it at null, and run "
             "`ray timeline` while the training runs"
         )
     steps: Iterable[int] | None = OmegaConf.select(config, "global_profiler.steps")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from math import gcd, lcm, prod
 
 from omegaconf import DictConfig, OmegaConf
@@ -23,8 +24,8 @@ ROLLOUT = "actor_rollout_ref.rollout"
 DYNAMIC = "actor_rollout_ref.actor.use_dynamic_bsz"
 
 
-def check(config: DictConfig) -> None:
-    """Refuse sizes that do not fit, with ones that do.
+def check(config: DictConfig, given: Collection[str]) -> None:
+    """Refuse sizes that do not fit, with ones that do; `given` are the keys that preset, recipe or command line set.
 
     Raises:
         CompositionError: names the key and a value that fits.
@@ -34,7 +35,9 @@ def check(config: DictConfig) -> None:
     reference = config.actor_rollout_ref.actor.use_kl_loss or config.algorithm.use_kl_in_reward
     trained = ["actor", "critic"] if has_critic(config) else ["actor"]
     scoring = [ROLLOUT, "actor_rollout_ref.ref"] if reference else [ROLLOUT]
-    _check_dynamic(config, trained, scoring)
+    _check_dynamic(config)
+    if DYNAMIC in given:
+        _check_fixed_sizes(config, trained, scoring)
     for role in [*trained, "ref"] if reference else trained:
         _check_sequence_parallel(config, role)
     for role in trained:
@@ -107,11 +110,15 @@ def _check_servers(config: DictConfig) -> None:
         )
 
 
-def _check_dynamic(config: DictConfig, trained: list[str], scoring: list[str]) -> None:
-    """The actor's two kinds of passes are cut alike, and where micro-batches have a fixed size it is given."""
+def _check_dynamic(config: DictConfig) -> None:
+    """The actor's two kinds of passes are cut alike."""
     dynamic, key = bool(OmegaConf.select(config, DYNAMIC)), f"{ROLLOUT}.log_prob_use_dynamic_bsz"
     if bool(OmegaConf.select(config, key)) != dynamic:
         raise CompositionError(f"{key} differs from {DYNAMIC}={dynamic}: set {key}={dynamic}")
+
+
+def _check_fixed_sizes(config: DictConfig, trained: list[str], scoring: list[str]) -> None:
+    """Where micro-batches have a fixed size, it is given."""
     name = "micro_batch_size_per_gpu"
     sizes = {f"{ROLES[role][0]}.use_dynamic_bsz": f"{ROLES[role][0]}.ppo_{name}" for role in trained}
     sizes |= {f"{section}.log_prob_use_dynamic_bsz": f"{section}.log_prob_{name}" for section in scoring}
