@@ -1,6 +1,6 @@
 """A plugin that is another one in every step, so that one training runs through all that act in the actor.
 
-`COMPARED` come first, and are compared with one rank's: for them the split into micro-batches and ranks does not matter.
+`COMPARED` come first: for them the split into micro-batches and ranks does not matter, and one rank says so.
 """
 
 from __future__ import annotations

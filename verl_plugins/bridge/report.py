@@ -101,8 +101,8 @@ class Reporter:
         self._file = self._path.open("a", buffering=1)
 
     def step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
-        """One finished training step."""
-        values = {key: _number(value) for key, value in metrics.items()}
+        """One finished training step; keys of verl's own use (`_…`), which it does not log either, are left out."""
+        values = {key: _number(value) for key, value in metrics.items() if not key.startswith("_")}
         values |= {"seconds": values["timing_s/step"], "seconds_since_start": time.monotonic() - self._started}
         self._write({"step": step, **values})
         shown = {
