@@ -17,7 +17,7 @@ import ray
 
 from verl_plugins.cpu.demo import read_metrics
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
 
 BIN = Path(sys.executable).parent
 READY, TIMEOUT = 300, 800
