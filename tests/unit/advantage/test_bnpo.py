@@ -17,6 +17,8 @@ from verl_plugins import Batch, CompositionError, DataError
 from verl_plugins.advantage.bnpo import Bnpo, fit, inverse_density
 
 FEW = settings(max_examples=50, deadline=None)
+EQUAL = [[], [0.4], [0.5, 0.5], [0.0, 0.0, 0.0], [1 / 3, 1 - 2 / 3 + 1e-8]]
+"""Success rates without a spread."""
 
 
 def estimate(uid, scores, run=None, fields=None, **options) -> torch.Tensor:
@@ -66,7 +68,13 @@ class TestDensity:
         found = fit(torch.tensor([0.0, 1.0, 0.0, 1.0]))
         assert (found.alpha, found.beta, found.fallback) == (1, 1, False)
 
-    @pytest.mark.parametrize("rates", [[], [0.4], [0.5, 0.5], [0.0, 0.0, 0.0], [1 / 3, 1 - 2 / 3 + 1e-8]])
+    @pytest.mark.parametrize("rates", EQUAL)
+    def test_without_spread_mean_and_variance_are_those_of_the_rates(self, rates):
+        found = fit(torch.tensor(rates))
+        assert found.mean == pytest.approx(sum(rates) / len(rates) if rates else 0.0)
+        assert found.variance == pytest.approx(0, abs=1e-6)
+
+    @pytest.mark.parametrize("rates", EQUAL)
     def test_no_spread_to_fit(self, rates):
         found = fit(torch.tensor(rates))
         assert (found.alpha, found.beta, found.fallback) == (1, 1, True)
