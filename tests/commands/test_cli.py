@@ -178,7 +178,7 @@ class TestShow:
 
 class TestRun:
     def test_dry_run_prints_what_differs_the_stages_and_what_was_looked_at(self) -> None:
-        adds = ["+actor_rollout_ref.model.override_config.a=1", "~trainer.v1.sampler", "++trainer.nnodes=3"]
+        adds = ["+actor_rollout_ref.model.override_config.a=1", "~trainer.v1.sampler", "++trainer.nnodes=2"]
         text = succeeds("run", "vade+clip_cov", *adds, "--preset=cpu", "--dry-run")
         assert text.startswith("# recipe vade+clip_cov, preset cpu\n")
         looked = (
@@ -189,7 +189,7 @@ class TestRun:
         )
         for part in (
             *looked,
-            "nnodes: 3",
+            "nnodes: 2",
             "      a: 1",
             "lambda_selected: 0.2",
             "#   policy_loss: clip_cov (implements)",
