@@ -112,7 +112,7 @@ def _steps(file: Path) -> pd.DataFrame:
     table: dict[int, dict[str, float]] = {}
     text = file.read_text(encoding="utf-8", errors="replace")
     whole, _, _ = text.rpartition("\n")  # a running training may be writing its next line
-    for number, line in enumerate(whole.split("\n"), 1):
+    for number, line in enumerate(whole.split("\n") if whole else (), 1):
         record = _record(line, f"{file}, line {number}")
         row = table.setdefault(record["step"], {})
         if "validation" in record:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from verl_plugins.composition import manifest
+from verl_plugins.reward.gym_entries import to_text
 from verl_plugins.testing import Scenario, check_plugin
 
 OURS = sorted(
@@ -30,6 +31,15 @@ WITH_BONUS = Scenario(overrides={"actor_rollout_ref.actor.entropy_coeff": 0.001}
 SOLVED = Scenario(
     columns={"extra_info": lambda prompt_id: {"solution": f"{prompt_id} and 7 more"}},
     overrides={"data.max_prompt_length": 2048},
+)
+OF_THE_GYM = Scenario(
+    columns={
+        "extra_info": lambda prompt_id: {
+            "index": prompt_id,
+            "task": "chain_sum",
+            "entry": to_text({"question": f"{prompt_id} + 7 =", "answer": str(prompt_id + 7), "metadata": {}}),
+        }
+    }
 )
 SECOND_EPOCH = Scenario(overrides={"data.train_batch_size": 48}, seed=5)
 """Every step is an epoch of its own, so that prompts are reflected on; with this seed answers are replayed, too."""
@@ -52,6 +62,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"config": {"quantiles": "mix", "mean_baseline": True, "credit": "score"}, "except_for": LONE_QUANTILES},
     ],
     "vade": [{}, {"config": {"mode": "greedy", "score": "variance"}}, {"config": {"metric": "acc"}}],
+    "reasoning_gym": [{"scenario": OF_THE_GYM}],
     "mopps": [{}, {"config": {"strategy": "threshold", "pool_ratio": 2, "decay": 0.5}}, {"config": {"metric": "acc"}}],
     "clip_cov": [
         {
