@@ -7,7 +7,7 @@ tools; and, where neither tells, the response's own length and last token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentL
 from verl.experimental.agent_loop.tool_agent_loop import AgentState, ToolAgentLoop
 
 from verl_plugins.bridge.gather import ordinary
+from verl_plugins.cpu.generation import end_tokens
 from verl_plugins.errors import DataError
 
 SINGLE_TURN, TOOLS = "single_turn_agent", "tool_agent"
@@ -54,7 +55,7 @@ class Ends:
         """Of verl's configurations of the rollout and the model."""
         configs = (model.tokenizer, model.generation_config, model.hf_config)
         return cls(
-            eos=frozenset(token for config in configs for token in _ids(getattr(config, "eos_token_id", None))),
+            eos=end_tokens(*configs),
             ignored=bool(getattr(rollout, "ignore_eos", False)),
             prompt_length=rollout.prompt_length,
             response_length=rollout.response_length,
@@ -109,13 +110,6 @@ class Ends:
             if generation.token_ids[: len(words)] == words:
                 return True  # the loop kept a part of it
         return len(ids) >= min(limit, self.response_length) and not self._ended(ids, {})
-
-
-def _ids(value: Any) -> Iterable[int]:
-    """An id, several, or none, as in the configurations of models."""
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else value
 
 
 def _last_words(ids: Sequence[int], mask: Sequence[int]) -> list[int]:

@@ -6,7 +6,7 @@ Notation: R requests decoded together (a wave), V vocabulary.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,18 +78,27 @@ class Completion:
         return "stop" if self.ended else "length" if self.finished else "aborted"
 
 
+def end_tokens(*configs: Any) -> frozenset[int]:
+    """Every token that ends a generation, of a tokenizer and of a model's configurations: one, several or none each."""
+    named = [getattr(config, "eos_token_id", None) for config in configs]
+    several = [ids if isinstance(ids, (list, tuple)) else [ids] for ids in named]
+    return frozenset(token for ids in several for token in ids if token is not None)
+
+
 @torch.inference_mode()
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[Request],
     interrupted: Callable[[], bool] = lambda: False,
+    ends: Collection[int] | None = None,
 ) -> list[Completion]:
-    """Decode all requests as one wave.
+    """Decode all requests as one wave; `ends` are the tokens that end a completion, without them the tokenizer's one.
 
     Log-probs are those of the temperature-scaled distribution before top-p and top-k, as the actor computes them
     (of the unscaled one for greedy requests). Rows that are done leave the wave once half of it is.
     """
+    ends = {tokenizer.eos_token_id} if ends is None else ends
     completions = [Completion(finished=request.max_tokens == 0) for request in requests]
     alive = [row for row, request in enumerate(requests) if request.max_tokens > 0]
     if not alive:
@@ -98,7 +107,7 @@ def generate(
     sampler = _Sampler([requests[row] for row in alive], model.device)
     while alive and not interrupted():
         tokens, log_probs = sampler.draw(state.logits)
-        _record(tokenizer, requests, completions, alive, tokens, log_probs)
+        _record(tokenizer, ends, requests, completions, alive, tokens, log_probs)
         keep = [place for place, row in enumerate(alive) if not completions[row].finished]
         if not keep:
             break
@@ -203,6 +212,7 @@ class _Sampler:
 
 def _record(
     tokenizer: PreTrainedTokenizerBase,
+    ends: Collection[int],
     requests: Sequence[Request],
     completions: Sequence[Completion],
     alive: Sequence[int],
@@ -216,7 +226,7 @@ def _record(
             continue
         completion.token_ids.append(token)
         completion.log_probs.append(log_prob)
-        ended = token in request.stop_token_ids or (token == tokenizer.eos_token_id and not request.ignore_eos)
+        ended = token in request.stop_token_ids or (token in ends and not request.ignore_eos)
         if request.stop and not ended:
             text = tokenizer.decode(completion.token_ids)
             ended = any(stop in text for stop in request.stop)

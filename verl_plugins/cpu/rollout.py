@@ -25,7 +25,7 @@ from verl.workers.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput
 
-from verl_plugins.cpu.generation import Completion, Request, generate
+from verl_plugins.cpu.generation import Completion, Request, end_tokens, generate
 from verl_plugins.errors import DataError
 
 QUIET_SECONDS = 0.005
@@ -86,6 +86,7 @@ class TransformersServer:
         self.config: RolloutConfig = omega_conf_to_dataclass(config)
         settings: HFModelConfig = omega_conf_to_dataclass(model_config)
         self.tokenizer = settings.tokenizer
+        self.ends = end_tokens(settings.tokenizer, settings.generation_config, settings.hf_config)
         self.model = _build_model(self.config, settings).to(get_device_name()).eval()
         self._weights = self.model.state_dict()
         self._queue: asyncio.Queue[tuple[Request, asyncio.Future]] = asyncio.Queue()
@@ -141,7 +142,7 @@ class TransformersServer:
                 async with self._model_lock:
                     requests = [request for request, _ in wave]
                     completions = await asyncio.to_thread(
-                        generate, self.model, self.tokenizer, requests, lambda: not self._running.is_set()
+                        generate, self.model, self.tokenizer, requests, lambda: not self._running.is_set(), self.ends
                     )
                 for (_, future), completion in zip(wave, completions, strict=True):
                     if not future.done():  # whoever asked has given up

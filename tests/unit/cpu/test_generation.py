@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import Counter
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 from verl.workers.config import RolloutConfig
 
 from verl_plugins import DataError
@@ -237,20 +238,31 @@ class TestSamplingParams:
         sentence(error.value, "repetition_penalty", "1.1", "leave it at 1.0")
 
 
+Serve = Callable[..., rollout.TransformersServer]
+
+
 @pytest.fixture
-def server(model, tokenizer, tmp_path, monkeypatch) -> rollout.TransformersServer:
-    """The server as its actor runs it, on a model that was saved like the preset's."""
+def serve(model, tokenizer, tmp_path, monkeypatch) -> Serve:
+    """Makes servers as their actor runs them, on a model that was saved like the preset's."""
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     limits = {"response_length": 12, "max_num_seqs": 4, "max_model_len": 40}
     config = RolloutConfig(name="transformers", load_format="auto", dtype="float32", **limits)
     monkeypatch.setattr(rollout, "omega_conf_to_dataclass", lambda section: section)
     monkeypatch.setattr(rollout, "get_device_name", lambda: "cpu")
-    hf_config = AutoConfig.from_pretrained(tmp_path)
-    settings = SimpleNamespace(
-        local_path=str(tmp_path), hf_config=hf_config, trust_remote_code=False, tokenizer=tokenizer
-    )
-    return rollout.TransformersServer(config, settings, None)
+
+    def one(generation: GenerationConfig | None = None, **of_config: Any) -> rollout.TransformersServer:
+        hf_config = AutoConfig.from_pretrained(tmp_path, **of_config)
+        settings = SimpleNamespace(local_path=str(tmp_path), hf_config=hf_config, trust_remote_code=False)
+        settings.tokenizer, settings.generation_config = tokenizer, generation
+        return rollout.TransformersServer(config, settings, None)
+
+    return one
+
+
+@pytest.fixture
+def server(serve) -> rollout.TransformersServer:
+    return serve()
 
 
 class TestServer:
@@ -263,9 +275,9 @@ class TestServer:
     def waves(self, monkeypatch: pytest.MonkeyPatch) -> list[list[Request]]:
         seen = []
 
-        def watch(model, tokenizer, requests, interrupted):
+        def watch(model, tokenizer, requests, *others):
             seen.append(list(requests))
-            return generate(model, tokenizer, requests, interrupted)
+            return generate(model, tokenizer, requests, *others)
 
         monkeypatch.setattr(rollout, "generate", watch)
         return seen
@@ -305,6 +317,21 @@ class TestServer:
 
         assert len(asyncio.run(run()).token_ids) == given
 
+    @pytest.mark.parametrize("place", [1, 3])
+    @pytest.mark.parametrize("where", ["the model's configuration", "that of its generation"])
+    def test_every_end_that_the_model_names_is_one(self, model, serve, tokenizer, place, where) -> None:
+        """As other servers have it: models of chats name several."""
+        free = generate(model, tokenizer, [Request(tokenizer("7")["input_ids"], 12, seed=1, ignore_eos=True)])[0]
+        named = [255, free.token_ids[place]]
+        server = serve(GenerationConfig(eos_token_id=named)) if "its" in where else serve(eos_token_id=named)
+
+        async def run() -> Any:
+            await server.ready()
+            return await server.generate(**self.request(tokenizer, "7", ignore_eos=False))
+
+        answer, length = asyncio.run(run()), free.token_ids.index(named[1]) + 1
+        assert (answer.token_ids, answer.stop_reason) == (free.token_ids[:length], "stop")
+
     def test_prompt_and_response_fit_into_the_model_length(self, server, tokenizer) -> None:
         async def run() -> Any:
             await server.ready()
@@ -315,7 +342,7 @@ class TestServer:
     def test_abort_and_resume(self, server, tokenizer, monkeypatch) -> None:
         whole: list[int] = []
 
-        def slow(model, tokenizer, requests, interrupted):
+        def slow(model, tokenizer, requests, interrupted, ends):
             whole.extend(generate(model, tokenizer, requests)[0].token_ids)
             started.set()
             while not interrupted():
