@@ -13,6 +13,7 @@ import functools
 import importlib
 import inspect
 import os
+import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -29,6 +30,8 @@ from verl_plugins.errors import CompositionError, nearest
 from verl_plugins.hookspecs import API_VERSION, FIRST_RESULT, PROJECT, STAGES
 from verl_plugins.plugin import Plugin
 
+LATE = ("verl", "ray", "transfer_queue")
+"""What a run imports when it has set what they read as they are imported: the platform, the node, the address."""
 SCOPED = ("run", "tokens", "actor")
 """Arguments of a stage that each plugin receives as its own view, where they have one (`.scoped(plugin name)`)."""
 
@@ -80,6 +83,7 @@ def check_versions(plugin: Manifest) -> None:
 def load(plugin: Manifest) -> type[Plugin]:
     """Import the plugin's class."""
     module, _, name = plugin.target.partition(":")
+    before = sys.modules.keys() & {*LATE}
     try:
         cls = functools.reduce(getattr, name.split("."), importlib.import_module(module))
     except Exception as error:
@@ -87,6 +91,11 @@ def load(plugin: Manifest) -> type[Plugin]:
         raise CompositionError(f"plugin {plugin.name!r} of {plugin.owner} cannot be imported: {cause}") from error
     if not (isinstance(cls, type) and issubclass(cls, Plugin)):
         raise CompositionError(f"plugin {plugin.name!r} of {plugin.owner}: {plugin.target} is not a subclass of Plugin")
+    if early := sorted((sys.modules.keys() & {*LATE}) - before):
+        raise CompositionError(
+            f"plugin {plugin.name!r} of {plugin.owner}: {module} imports {' and '.join(early)}, which must wait "
+            "until the run has said on what machine it is: import it inside the function that uses it"
+        )
     return cls
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -219,6 +220,19 @@ class TestBuild:
         with pytest.raises(CompositionError) as error:
             build({"late": {}})
         sentence(error.value, "'late'", "acme 1.0", "nothing_like_this")
+
+    @pytest.mark.parametrize("name", ["verl", "ray", "transfer_queue"])
+    def test_a_module_that_loads_what_a_run_prepares_first(self, site, sentence, monkeypatch, name) -> None:
+        site.plugin("hasty")
+        file = site.path / "acme_hasty.py"
+        file.write_text(f"import {name}.of_acme\n{file.read_text()}")
+        for module in [module for module in sys.modules if module.partition(".")[0] == name]:
+            monkeypatch.delitem(sys.modules, module)
+        site.write(f"{name}/__init__.py", "")
+        site.write(f"{name}/of_acme.py", "")
+        with pytest.raises(CompositionError) as refused:
+            build({"hasty": {}})
+        sentence(refused.value, "'hasty' of acme", f"acme_hasty imports {name}", "inside the function")
 
     def test_a_class_that_is_no_plugin(self, site, sentence) -> None:
         site.write("odd_module.py", "class Plugin: ...\nclass Method(Plugin):\n    name = 'odd'\n")
