@@ -219,6 +219,13 @@ class TestRun:
         fails(sentence, ["'trainer.nnodez'", "'trainer.nnodes=2'"], "run", "grpo", "trainer.nnodez=2")
         fails(sentence, ["data.train_files has no value"], "run", "grpo", "--preset", "1gpu")
 
+    def test_steps_are_short_for_a_run_without_validation(self, sentence) -> None:
+        text = succeeds("run", "grpo", "--preset=cpu", "--steps=3", "trainer.test_freq=2", "--dry-run")
+        for line in ("  total_training_steps: 3", "  val_before_train: false", "  test_freq: 2"):
+            assert f"{line}\n" in text
+        both = ["run", "grpo", "--steps", "1", "trainer.total_training_steps=2"]
+        fails(sentence, ["--steps 1 and trainer.total_training_steps=2"], *both)
+
     def test_the_launcher_gets_the_composed_run(self, monkeypatch, site) -> None:
         body = "def start(composed, **options):\n    seen.append((composed, options))\n    return 7\n"
         site.write("launcher.py", f"seen = []\n{body}")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
 from verl_plugins.data.command import app as data
-from verl_plugins.errors import PluginError, printable
+from verl_plugins.errors import CompositionError, PluginError, printable
 
 LAUNCH = "verl_plugins.bridge.launch:launch"
 DEMO = "verl_plugins.cpu.demo:demo"
@@ -25,6 +25,10 @@ Overrides = Annotated[
     typer.Argument(metavar="[key=value | +key=value | ~key]…", help="Settings of verl or of plugins, as in Hydra."),
 ]
 Preset = Annotated[Optional[str], typer.Option(help="Hardware, model and data, as in --preset cpu.")]  # noqa: UP045
+Steps = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=1, help="Train only so many steps, without validation: a quick look whether it trains."),
+]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Compose, check, print what differs from verl's defaults, stop.")
 ]
@@ -108,6 +112,7 @@ def run(
     overrides: Overrides = None,
     preset: Preset = None,
     out: Out = None,
+    steps: Steps = None,
     dry_run: DryRun = False,
     full: Full = False,
     verbose: Verbose = False,
@@ -117,7 +122,7 @@ def run(
     from verl_plugins.composition.look import look
     from verl_plugins.composition.needs import check
 
-    composed = compose(recipe, preset, overrides or ())
+    composed = compose(recipe, preset, [*_only(steps, overrides or ()), *(overrides or ())])
     plugins = check(composed)
     seen = look(composed, plugins, out)
     if dry_run:
@@ -218,6 +223,16 @@ def new(
     for file in create(name, stage, folder):
         typer.echo(file)
     typer.echo(f"\npip install -e {folder / name}\nverl-plugins run {name} --preset cpu")
+
+
+def _only(steps: int | None, overrides: Sequence[str]) -> list[str]:
+    """What `--steps` stands for; the command line may say otherwise, but not how many."""
+    key = "trainer.total_training_steps"
+    if steps is None:
+        return []
+    if said := [one for one in overrides if one.lstrip("+").startswith(f"{key}=")]:
+        raise CompositionError(f"--steps {steps} and {said[0]}: give one of the two")
+    return [f"{key}={steps}", "trainer.val_before_train=false", "trainer.test_freq=-1"]
 
 
 def _start(target: str, *args: Any, **options: Any) -> None:
