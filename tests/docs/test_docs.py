@@ -133,6 +133,16 @@ def logged(source: ast.Module) -> set[str]:
 
 
 @each_recipe
+def test_numbers_that_the_list_gives_are_on_the_page(name):
+    """Rounded as the list has them; shares in percent are worked out from numbers there."""
+    number = r"(?<![\w.])(\d+(?:\.\d+)?)"
+    measured = [float(found) for found in re.findall(number, page_of(name))]
+    for found in re.findall(number + r"(?! ?%|\w|\.\d)", RECIPES[name].status):
+        half = 0.5 * 10 ** -len(found.partition(".")[2]) + 1e-9
+        assert any(abs(one - float(found)) <= half for one in measured), found
+
+
+@each_recipe
 def test_pages_keep_the_papers_figures_apart_from_measurements(name):
     headings = re.findall(r"^## (.+)$", page_of(name), re.MULTILINE)
     for heading in ("Idea", "Settings", "What it needs", "Run and combine", "Caveats", "Metrics", "Links"):
