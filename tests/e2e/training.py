@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 
 from verl_plugins.cpu.demo import read_metrics
 
@@ -76,18 +76,13 @@ def train(
     """Run it to its end; `site` is a folder to put on the import path of all its processes."""
     paths = [str(site)] if site else []
     paths += filter(None, [os.environ.get("PYTHONPATH")])
-    done = subprocess.run(
-        command(recipe, out, *overrides, preset=preset),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=TIMEOUT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "200"},
-    )
-    training = Training(out, done.returncode, done.stdout)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "200"}
+    terminal = out.with_suffix(".terminal")
+    code = warm.run(command(recipe, out, *overrides, preset=preset)[1:], environment, terminal, TIMEOUT)
+    training = Training(out, code, terminal.read_text(errors="replace"))
     if check:
         tail = training.log[-3000:] if (out / "verl.log").exists() else ""
-        assert done.returncode == 0, f"{done.stdout}\n{tail}"
+        assert code == 0, f"{training.output}\n{tail}"
     return training
 
 
