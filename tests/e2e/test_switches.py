@@ -59,7 +59,8 @@ class TestReferenceCorrectionAndFilter:
     def test_the_policy_leaves_its_reference(self, trained: Training) -> None:
         first, second = trained.steps
         assert 0 < first["actor/kl_loss"] < second["actor/kl_loss"]
-        assert abs(first["actor/reward_kl_penalty"]) < 1e-4 < second["actor/reward_kl_penalty"]
+        start, left = (abs(step["actor/reward_kl_penalty"]) for step in trained.steps)  # an estimate, of either sign
+        assert start < 1e-4 < left
 
     def test_the_weights_of_the_correction_are_near_one_on_policy(self, trained: Training) -> None:
         for step in trained.steps:
