@@ -30,14 +30,15 @@ def make_batch(seed: int = 0) -> tuple[Batch, Tensor]:
     mask = torch.arange(LENGTH) < torch.randint(LENGTH // 8, LENGTH, (rows, 1), generator=rng)
     old = -(torch.randn(rows, LENGTH, generator=rng).abs() ** 3)
     right = torch.rand(rows, generator=rng) < torch.linspace(0.1, 0.9, PROMPTS).repeat_interleave(RESPONSES)
-    batch = Batch.from_tensors(
+    fields = dict(
         uid=[f"{prompt}-1-0" for prompt in range(PROMPTS) for _ in range(RESPONSES)],
         rm_scores=torch.nn.functional.pad(right[:, None].float(), (0, LENGTH - 1)),
         response_mask=mask,
         old_log_probs=old,
     )
-    batch.put("advantages", batch.to_tokens(grpo_advantage(batch.scores, batch.groups)))
-    return batch, old + 0.05 * torch.randn(rows, LENGTH, generator=rng)
+    batch = Batch.from_tensors(**fields)
+    advantages = batch.to_tokens(grpo_advantage(batch.scores, batch.groups))
+    return Batch.from_tensors(**fields, advantages=advantages), old + 0.05 * torch.randn(rows, LENGTH, generator=rng)
 
 
 def chosen_in_parts(plugin: Plugin, batch: Batch, log_probs: Tensor, size: int) -> tuple[Tensor, int]:

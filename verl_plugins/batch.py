@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -18,23 +17,8 @@ import torch
 from torch import Tensor
 
 from verl_plugins.errors import DataError
-from verl_plugins.fields import Source, TensorSource
+from verl_plugins.fields import RESERVED, Addition, Fields, Source, TensorSource, version
 from verl_plugins.groups import Groups
-
-
-@dataclass(frozen=True)
-class Addition:
-    """A response that `select_rows` adds to a group: all its tokens are the policy's, its reward is on the last."""
-
-    key: str
-    like: int
-    """The row of the batch whose prompt and dataset columns it shares."""
-    response: np.ndarray
-    """[n] token ids."""
-    reward: float
-    correct: bool
-    rollout_log_probs: np.ndarray | None
-    """[n] what the rollout server reported when it was generated."""
 
 
 class Batch:
@@ -48,7 +32,7 @@ class Batch:
         self._tokenizer = tokenizer
         self._budget = budget
         self._full = full
-        self._fields: dict[str, Any] = {}
+        self._fields = Fields()
         self.written: dict[str, Tensor] = {}
         """Fields put by plugins, still to be shipped by the bridge."""
         self.dropped = torch.zeros(len(source.keys), dtype=torch.bool)
@@ -62,8 +46,8 @@ class Batch:
 
         Needs `response_mask` [B,T] and `rm_scores` [B,T]; `session` and `turn` default to one output per session.
         """
-        sessions = torch.as_tensor(fields.pop("session", range(len(uid))))
-        turns = torch.as_tensor(fields.pop("turn", [0] * len(uid)))
+        sessions = torch.as_tensor(fields.pop("session", range(len(uid)))).clone()
+        turns = torch.as_tensor(fields.pop("turn", [0] * len(uid))).clone()
         keys = [f"{u}_{s}_{t}" for u, s, t in zip(uid, sessions.tolist(), turns.tolist(), strict=True)]
         tokenizer, budget = fields.pop("tokenizer", None), fields.pop("budget", None)
         fields |= {"__truncated__": fields.pop("truncated")} if "truncated" in fields else {}
@@ -198,7 +182,8 @@ class Batch:
         return values
 
     def _keep_raw_scores(self) -> None:
-        self._fields.setdefault("raw_scores", self.scores)
+        if "raw_scores" not in self._fields:
+            self._fields["raw_scores"] = self.scores.clone()
 
     @cached_property
     def correct(self) -> Tensor:
@@ -241,7 +226,7 @@ class Batch:
     def truncated(self) -> Tensor:
         """[B] bool: something cut the response off, whatever it was; where nobody told, its budget was used up."""
         with contextlib.suppress(KeyError):
-            return torch.as_tensor(self._source.fetch("__truncated__")).bool()
+            return torch.as_tensor(self._source.fetch("__truncated__")).bool().clone()
         last = self.responses.gather(1, (self.lengths.clamp(min=1) - 1)[:, None])[:, 0]
         return (self.lengths >= self.budgets) & (last != self._tokenizer.eos_token_id)
 
@@ -325,13 +310,22 @@ class Batch:
     def put(self, name: str, values: Tensor) -> None:
         """Add a field [B] or [B,T] that later stages read with `extra(name)`, the loss with `tokens.extra(name)`."""
         self._row_shaped(values, f"put {name!r}")
+        if name in RESERVED or name.startswith("__"):
+            raise DataError(f"put {name!r}: a field of the trainer's own has this name; give yours another one")
         self._fields[name] = self.written[name] = values
+
+    def changed_in_place(self) -> list[str]:
+        """Names of what was handed out and written into, which reaches neither the trainer nor other processes."""
+        kept = {name: value for name, value in vars(self).items() if isinstance(value, Tensor) and version(value)}
+        given = {id(value) for value in self._fields.values()}
+        named = [name for name, value in kept.items() if id(value) not in given]
+        return self._fields.changed() + ["scores" if name == "_row_sums" else name for name in named]
 
     def drop(self, rows: Tensor) -> None:
         """Leave rows [B] bool out of the rest of the step (`select_rows` only)."""
         self._row_shaped(rows, "drop")
-        if rows.dim() != 1:
-            raise DataError(f"drop: shape {tuple(rows.shape)}, expected one flag per row, ({len(self)},)")
+        if rows.dim() != 1 or rows.is_floating_point():
+            raise DataError(f"drop: {rows.dtype} {tuple(rows.shape)}, expected one flag per row, bool ({len(self)},)")
         self.dropped = self.dropped | rows.bool()
         if bool(self.dropped.all()):
             raise DataError(f"select_rows dropped all {len(self)} rows of the batch; at least one must remain")
@@ -361,6 +355,10 @@ class Batch:
             raise DataError(f"add: row {like} of {len(self)} and {len(response)} tokens; a row and a token are needed")
         if rollout_log_probs is not None and len(rollout_log_probs) != len(response):
             raise DataError(f"add: {len(rollout_log_probs)} rollout_log_probs for {len(response)} tokens")
+        if np.asarray(response).dtype.kind not in "iu" or np.min(response) < 0:
+            raise DataError(
+                f"add: the response is {response!r:.80}, expected token ids, which are whole numbers from 0 on"
+            )
         if not math.isfinite(reward):
             raise DataError(f"add: the reward is {float(reward)}, expected a finite number")
         uid = self.uid[like]

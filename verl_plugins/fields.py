@@ -3,7 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
+
+import numpy as np
+
+RESERVED = frozenset(
+    ("prompts", "responses", "input_ids", "attention_mask", "position_ids", "response_mask", "loss_mask", "rm_scores")
+    + ("raw_scores", "advantages", "returns", "values", "rollout_log_probs", "ref_log_prob", "entropy", "raw_prompt")
+    + ("prompt_log_probs", "routed_experts", "uid", "extra_fields", "extra_info", "reward_model", "data_source")
+    + ("response_lengths", "prompt_lengths", "seq_len", "verdict", "acc")
+)
+"""Names of the trainer's own; what a method may replace is the policy's `old_log_probs`, in `observe`."""
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A response that `select_rows` adds to a group: all its tokens are the policy's, its reward is on the last."""
+
+    key: str
+    like: int
+    """The row of the batch whose prompt and dataset columns it shares."""
+    response: np.ndarray
+    """[n] token ids."""
+    reward: float
+    correct: bool
+    rollout_log_probs: np.ndarray | None
+    """[n] what the rollout server reported when it was generated."""
 
 
 class Source(Protocol):
@@ -31,3 +57,27 @@ class TensorSource:
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Nothing to do."""
+
+
+class Fields(dict[str, Any]):
+    """Fields by name, each as it was when it came in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._versions: dict[str, int | None] = {}
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._versions[name] = version(value)
+        super().__setitem__(name, value)
+
+    def changed(self) -> list[str]:
+        """Names of the tensors that were written into since they came in."""
+        return [name for name, value in self.items() if version(value) != self._versions[name]]
+
+
+def version(value: Any) -> int | None:
+    """How often a tensor was written into; None for what is no tensor, and in inference mode, where nobody counts."""
+    try:
+        return value._version
+    except (AttributeError, RuntimeError):
+        return None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from verl_plugins.errors import DataError
+from verl_plugins.fields import version
 
 
 def row_number(key: str) -> int:
@@ -56,6 +57,7 @@ class Tokens:
         """verl's actor settings: clip_ratio_low, clip_ratio_high, clip_ratio_c, loss_agg_mode, …"""
         self.step, self.mini_batch, self.micro_batch = step, mini_batch, micro_batch
         self._extra, self._log, self._seed, self._owner = extra, log, seed, owner
+        self._given = {name: version(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
         self._rows = [micro_batch] if rows is None else sorted(row for row in rows if row)  # 0 in padding rows
 
     def scoped(self, owner: str) -> Tokens:
@@ -63,6 +65,10 @@ class Tokens:
         other = object.__new__(Tokens)
         other.__dict__.update(self.__dict__, _owner=owner)
         return other
+
+    def changed_in_place(self) -> list[str]:
+        """Names of the tensors that were written into: others read them, too."""
+        return [name for name, known in self._given.items() if version(getattr(self, name)) != known]
 
     def extra(self, name: str) -> Any:
         """Another field of the queue: [rows,T] or [rows] tensor, or a list per row (old entropy is `entropy`)."""

@@ -36,6 +36,8 @@ from verl_plugins import Batch, CompositionError, DataError, Groups, Plugin, Run
 
 GLOBAL, WEIGHT = "copo_global", "copo_local_weight"
 """Fields of `form: two_losses`."""
+ROUNDING = 1e-6
+"""A smaller advantage is zero but for rounding: a prompt whose return is the mean of all."""
 
 
 def binary_scores(batch: Batch, plugin: str, otherwise: str = "") -> Tensor:
@@ -187,10 +189,10 @@ class Copo(Plugin):
                 "local_weight_max": float(weight.max()),
                 "local_abs_mean": float(local.abs().mean()),
                 "global_abs_mean": float(across.abs().mean()),
-                "opposite_signs": float((local * across < 0).float().mean()),
+                "opposite_signs": float((local * across < -ROUNDING).float().mean()),
                 "return_mean": float(returned.mean()),
                 "return_std": float(returned.std(correction=0)),
-                "groups_with_signal": float(groups.per_group(groups.any(blended != 0)).float().mean()),
+                "groups_with_signal": float(groups.per_group(groups.any(blended.abs() > ROUNDING)).float().mean()),
             }
         )
         if config.form == "blended":

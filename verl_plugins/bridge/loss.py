@@ -18,7 +18,7 @@ from verl_plugins.bridge.defaults import DEFAULT_LOSS, clip_metrics
 from verl_plugins.bridge.joined import JoinedMetrics
 from verl_plugins.composition.blame import crossing
 from verl_plugins.composition.manager import Plugins
-from verl_plugins.errors import DataError
+from verl_plugins.errors import DataError, ResultError
 from verl_plugins.tokens import Tokens
 
 LOSS_NAME = "verl_plugins"
@@ -64,8 +64,18 @@ class PluginLoss:
         loss, metrics = ppo_loss(config=self.config, model_output=model_output, data=data, dp_group=dp_group)
         if self.plugins.implements("loss_terms"):
             loss = loss + self._terms(model_output)
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise self._without_gradient()
         self.micro_batch += 1
         return loss, metrics
+
+    def _without_gradient(self) -> ResultError:
+        stages = [(stage, name) for stage in LOSS_STAGES for name, _ in self.plugins.of_stage(stage)]
+        blamed = " and ".join(f"plugin {name!r} in {stage}" for stage, name in stages) or "verl's own loss"
+        return ResultError(
+            f"step {self.step}: the loss has no gradient, so nothing can be learnt ({blamed}): compute it from "
+            "tokens.log_probs, without detach"
+        )
 
     def enter_step(self, step: int) -> None:
         """A mini-batch of training step `step` begins."""

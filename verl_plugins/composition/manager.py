@@ -48,7 +48,7 @@ def build(section: Mapping[str, Any]) -> Plugins:
     installed = manifest.entries()
     found = {name: manifest.find(name, installed) for name in section}
     plugins = [instance(found[name], settings) for name, settings in section.items()]
-    return Plugins(plugins, {name: item.owner for name, item in found.items()}, outcome.check)
+    return Plugins(plugins, {name: item.owner for name, item in found.items()}, outcome.check_in_training)
 
 
 def instance(plugin: Manifest, settings: Mapping[str, Any] | None) -> Plugin:

@@ -185,6 +185,17 @@ def _finite_number(value: Any) -> bool:
         return False
 
 
+def _allowed(stage: str, arguments: Mapping[str, Any]) -> None:
+    """Only what its stage may do to the batch was done."""
+    batch = arguments.get("batch")
+    if batch is None:
+        return
+    if stage != "select_rows" and (batch.additions or bool(batch.dropped.any())):
+        raise ResultError(f"{stage} called batch.{'add' if batch.additions else 'drop'}, which only select_rows may")
+    if stage in LATER and "rm_scores" in batch.written:
+        raise ResultError(f"{stage} assigned batch.rewards, too late for the advantages: do it in shape_rewards")
+
+
 def _nothing(stage: str, result: Any, instead: str) -> None:
     # What a wrapper gives is the list of all results.
     if result is not None and not isinstance(result, list):
@@ -210,6 +221,8 @@ CHECKS: Mapping[str, Check] = {
 }
 EACH = ("loss_terms",)
 """Stages that call all and whose results are read: a wrapper gives the list of them."""
+LATER = ("estimate_advantage", "observe")
+"""Stages of the batch that come too late for its rewards."""
 SILENT = ("estimate_advantage", "policy_loss")
 """Stages on which an implementation may give None and leave the answer to the next; a wrapper may not."""
 
@@ -225,8 +238,22 @@ def check(stage: str, result: Any, arguments: Mapping[str, Any], *, wraps: bool)
     Raises:
         ResultError: it has another type, shape or length than the stage's, is not finite, or names what does not exist.
     """
+    _allowed(stage, arguments)
     look = CHECKS.get(stage)
     if look is None or (result is None and stage in SILENT and not wraps):
         return
     for one in result if wraps and stage in EACH and isinstance(result, list) else [result]:
         look(one, arguments)
+
+
+def check_in_training(stage: str, result: Any, arguments: Mapping[str, Any], *, wraps: bool) -> None:
+    """`check`, and that what the plugin was shown is as it was; `verl_plugins.testing` has a law for that.
+
+    Raises:
+        ResultError: as `check`, or a tensor was written into: others read it, or nobody does.
+    """
+    shown = arguments.get("batch", arguments.get("tokens"))
+    if changed := getattr(shown, "changed_in_place", list)():
+        instead = "assign batch.rewards or call batch.put" if "batch" in arguments else "compute a tensor of your own"
+        raise ResultError(f"{stage} wrote into {changed[0]}, which others read as it was: {instead}")
+    check(stage, result, arguments, wraps=wraps)

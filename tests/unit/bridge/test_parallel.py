@@ -26,7 +26,7 @@ from verl_plugins.bridge.loss import STEP_KEY, PluginLoss
 from verl_plugins.bridge.run import DriverRun
 from verl_plugins.bridge.trainer import PluginTrainerSync
 from verl_plugins.composition.manager import Plugins
-from verl_plugins.errors import DataError
+from verl_plugins.errors import DataError, ResultError
 
 
 class Counting(Plugin):
@@ -268,3 +268,30 @@ class TestOrder:
         seen, advantages = self.estimated(trainer, padded)
         assert seen == sorted(batch.keys)
         assert advantages["pad_0_0"] == 0
+
+
+class Detached(Plugin):
+    """Computes its loss from numbers, and not from the policy."""
+
+    name = "detached"
+
+    @hookimpl
+    def policy_loss(self, tokens):
+        return tokens.log_probs.detach() * tokens.advantages
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_loss_without_gradient_is_said_where_it_would_be_learnt_from(monkeypatch, sentence, training) -> None:
+    """torch's own words for it do not say whose loss it was; where verl only measures, nothing needs a gradient."""
+    plugins = Plugins([Detached(Detached.Config())])
+    config = ActorConfig(strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=1)
+    loss = PluginLoss(plugins, config, 0, JoinedMetrics())
+    monkeypatch.setattr("verl_plugins.bridge.loss.ppo_loss", lambda **_: (torch.zeros(()), {}))
+    loss.enter_step(3)
+    with torch.set_grad_enabled(training):
+        if not training:
+            loss({}, tu.get_tensordict({"responses": torch.zeros(1, 1)}))
+            return
+        with pytest.raises(ResultError) as refused:
+            loss({}, tu.get_tensordict({"responses": torch.zeros(1, 1)}))
+    sentence(refused.value, "step 3: the loss has no gradient", "plugin 'detached' in policy_loss", "without detach")

@@ -37,7 +37,10 @@ def plugin(plugin_name: str, stage: str, function: Callable, **options: Any) -> 
 def batch() -> Batch:
     """Four rows of three tokens."""
     return Batch.from_tensors(
-        uid=["1-1-0", "1-1-0", "2-1-1", "2-1-1"], response_mask=torch.ones(4, 3), rm_scores=torch.eye(4, 3)
+        uid=["1-1-0", "1-1-0", "2-1-1", "2-1-1"],
+        response_mask=torch.ones(4, 3),
+        rm_scores=torch.eye(4, 3),
+        response_lengths=torch.full((4,), 3),
     )
 
 
@@ -58,7 +61,7 @@ def rollout(text: str = "") -> Rollout:
 
 
 def call(stage: str, *members: Plugin, **arguments: Any) -> Any:
-    result = getattr(Plugins(members, check=outcome.check).hook, stage)(**arguments)
+    result = getattr(Plugins(members, check=outcome.check_in_training).hook, stage)(**arguments)
     return asyncio.run(result) if asyncio.iscoroutine(result) else result
 
 
@@ -126,13 +129,68 @@ CASES: list[tuple[str, Callable, dict[str, Any], str]] = [
 ]
 
 
+def does(change: Callable[..., Any], stage: str) -> Callable:
+    """An implementation that does this to what it is shown, and gives what its stage may give."""
+    given = {"estimate_advantage": torch.zeros(4, 3), "policy_loss": torch.zeros(4, 3)}.get(stage)
+
+    def of_batch(self, batch):
+        change(batch)
+        return given
+
+    def of_tokens(self, tokens):
+        change(tokens)
+        return given
+
+    return of_tokens if stage in ("policy_loss", "loss_terms") else of_batch
+
+
+def zero(name: str) -> Callable[[Any], None]:
+    return lambda shown: getattr(shown, name).zero_()
+
+
+OF_BATCH = ("shape_rewards", "select_rows", "estimate_advantage", "observe")
+IN_PLACE = [(stage, name) for name in ("rewards", "scores", "response_mask", "lengths") for stage in OF_BATCH]
+IN_PLACE += [(stage, name) for name in ("log_probs", "advantages") for stage in ("policy_loss", "loss_terms")]
+CASES += [(stage, does(zero(name), stage), {}, f"{stage} wrote into ") for stage, name in IN_PLACE]
+CASES += [
+    (stage, does(change, stage), {}, said)
+    for stage in ("shape_rewards", "estimate_advantage", "observe")
+    for change, said in (
+        (lambda batch: batch.drop(torch.arange(4) == 1), f"{stage} called batch.drop, which only select_rows may"),
+        (lambda batch: batch.add(0, np.array([1]), reward=1, correct=True), f"{stage} called batch.add, which only"),
+    )
+]
+CASES += [
+    (stage, does(lambda batch: setattr(batch, "rewards", torch.ones(4)), stage), {}, "do it in shape_rewards")
+    for stage in ("estimate_advantage", "observe")
+]
+CASES += [
+    (
+        "observe",
+        does(lambda batch, name=name: batch.put(name, torch.ones(4)), "observe"),
+        {},
+        f"put {name!r}: a field of",
+    )
+    for name in ("responses", "advantages", "rm_scores", "__truncated__", "verdict")
+]
+CASES += [
+    ("select_rows", does(change, "select_rows"), {}, said)
+    for change, said in (
+        (lambda batch: batch.drop(torch.tensor([0.0, 0.3, 0.0, 0.0])), "expected one flag per row"),
+        (lambda batch: batch.add(0, np.array([0.5]), reward=1, correct=True), "expected token ids"),
+        (lambda batch: batch.add(0, np.array([-1]), reward=1, correct=True), "expected token ids"),
+    )
+]
+
+
 def arguments(stage: str, given: dict[str, Any]) -> dict[str, Any]:
     """Those of the stage that the case leaves out."""
     makers = {
         "prepare_prompts": lambda: {"run": RUN, "prompts": prompts()},
-        "shape_rewards": lambda: {"batch": batch()},
-        "select_rows": lambda: {"batch": batch()},
-        "estimate_advantage": lambda: {"batch": batch()},
+        "shape_rewards": lambda: {"run": RUN, "batch": batch()},
+        "select_rows": lambda: {"run": RUN, "batch": batch()},
+        "estimate_advantage": lambda: {"run": RUN, "batch": batch()},
+        "observe": lambda: {"run": RUN, "batch": batch()},
         "policy_loss": lambda: {"tokens": tokens()},
         "loss_terms": lambda: {"tokens": tokens()},
         "rollout_group": lambda: {"run": RUN},
@@ -140,7 +198,7 @@ def arguments(stage: str, given: dict[str, Any]) -> dict[str, Any]:
     return {**given, **makers.get(stage, dict)()}
 
 
-@pytest.mark.parametrize(("stage", "function", "given", "said"), CASES, ids=[f"{c[0]}-{c[3][:30]}" for c in CASES])
+@pytest.mark.parametrize(("stage", "function", "given", "said"), CASES, ids=[f"{c[0]}-{c[3][:50]}" for c in CASES])
 def test_what_a_plugin_gives(stage: str, function: Callable, given: dict, said: str, sentence: Callable) -> None:
     guilty = plugin("guilty", stage, function)
     others = [plugin(name, stage, gives(None)) for name in ("before", "after")] if stage not in FIRST_RESULT else []
