@@ -262,3 +262,15 @@ def test_listing_and_describing_load_nothing_heavy(args: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"torch", "verl", "ray", "hydra", "omegaconf", "transformers", "numpy", "pydantic"}
     assert not heavy & set(done.stderr.split())
+
+
+def test_a_dry_run_starts_nothing_and_leaves_nothing_behind(tmp_path) -> None:
+    code = (
+        "import sys; from verl_plugins.commands.cli import app\n"
+        "try: app(['run', 'grpo', '--preset', 'cpu', '--dry-run'])\nexcept SystemExit as done: assert not done.code\n"
+        "print(*sys.modules, file=sys.stderr)"
+    )
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert not {"verl", "ray", "transfer_queue"} & set(done.stderr.split())
+    assert list(tmp_path.iterdir()) == []

@@ -28,7 +28,7 @@ from verl_plugins.bridge.report import LOG_FILE, Reporter, Terminal
 from verl_plugins.composition import loggers, manager
 from verl_plugins.composition.blame import sentence
 from verl_plugins.composition.look.folder import keep_config
-from verl_plugins.composition.scratch import scratch
+from verl_plugins.composition.scratch import COMPILED, scratch
 from verl_plugins.cpu.head import LOOPBACK
 from verl_plugins.errors import CompositionError, RunError
 
@@ -224,7 +224,7 @@ def _own_ray(config: DictConfig, signals: Signals) -> Iterator[dict[int, str]]:
     Yields the processes of the node, as the watch wants them.
     """
     compiled = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+    os.environ.setdefault(COMPILED, str(compiled))
     named = "RAY_TMPDIR" in os.environ or config.ray_kwargs.ray_init.get("_temp_dir")
     with scratch() as folder:
         signals.scratch = folder

@@ -27,6 +27,9 @@ LONGEST = 31
 """Characters of the folder around ours: Ray puts Unix sockets 76 characters below it, of 107 that one may have."""
 
 
+COMPILED = "TORCHINDUCTOR_CACHE_DIR"
+
+
 @contextmanager
 def scratch() -> Iterator[Path]:
     """A temporary folder of this process's own; Python's `tempfile` points into it, here and in child processes."""
@@ -48,6 +51,21 @@ def scratch() -> Iterator[Path]:
             os.environ["TMPDIR"] = before[0]
         remove(folder)
         os.close(lock)
+
+
+@contextmanager
+def no_folder_of_the_compiler() -> Iterator[None]:
+    """While something imports torch's compiler, which at once makes a folder for what it will compile, and names it.
+
+    What a run compiles goes where the run has it; nobody looks at a folder that is empty.
+    """
+    named = COMPILED in os.environ
+    try:
+        yield
+    finally:
+        if not named and (folder := os.environ.pop(COMPILED, None)):
+            with contextlib.suppress(OSError):  # it holds what others have compiled
+                os.rmdir(folder)
 
 
 def leftovers(place: Path | None = None) -> list[Path]:

@@ -21,6 +21,7 @@ from verl_plugins.composition.look.folder import look_at_folder
 from verl_plugins.composition.look.model import PATH, look_at_model
 from verl_plugins.composition.look.reward import look_at_reward
 from verl_plugins.composition.manager import Plugins
+from verl_plugins.composition.scratch import no_folder_of_the_compiler
 
 __all__ = ["look", "look_at_data", "look_at_folder", "look_at_model", "look_at_reward", "made_by_preset"]
 
@@ -37,7 +38,7 @@ def look(composed: Composed, plugins: Plugins, out: Path | None = None) -> list[
     config = composed.config
     find_room_for_datasets()
     reward, labels = look_at_reward(config, plugins)
-    with made_by_preset(composed) as made:
+    with no_folder_of_the_compiler(), made_by_preset(composed) as made:
         model, found = None, []
         if not OmegaConf.is_missing(config.actor_rollout_ref.model, "path"):
             model = look_at_model(config, made.get(PATH))
