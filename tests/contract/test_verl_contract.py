@@ -587,6 +587,16 @@ class TestRewardInput:
         expected = [("sums", text, "2", [n], 2 + n, 17) for n, text in enumerate(self.RESPONSES)]
         assert together == alone == expected
 
+    def test_columns_that_only_some_rows_have(self) -> None:
+        """A dataset's optional field, or what a loop adds to some of its sessions."""
+        outputs = self.outputs()
+        own = [{**columns(n), **({"clue": n} if n == 1 else {})} for n in range(len(outputs))]
+        data = rows._reward_input(outputs, own)
+        assert data.non_tensor_batch["clue"].tolist() == [1 if n == 1 else None for n in range(len(outputs))]
+        assert data.non_tensor_batch.keys() == rows._reward_input(outputs[:1], own[:1]).non_tensor_batch.keys() | {
+            "clue"
+        }
+
     def test_lengths_and_masks_say_where_the_tokens_are(self) -> None:
         outputs = self.outputs()
         data = rows._reward_input(outputs, [columns(n) for n in range(len(outputs))])

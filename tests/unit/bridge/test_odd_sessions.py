@@ -124,3 +124,13 @@ class TestLongPrompts:
         worker = agents.worker(servers, *self.LIMIT)
         agents.generate(worker, prompt(raw_prompt=[{"role": "user", "content": content}]))
         assert [len(one["prompt_ids"]) for one in servers.asked] == [len(content)] * GROUP
+
+
+@pytest.mark.parametrize(("server", "name"), [("transformers", "seed"), ("vllm", "seed"), ("sglang", "sampling_seed")])
+def test_each_session_has_a_seed_by_the_name_that_its_server_knows(agents: Agents, server: str, name: str) -> None:
+    """SGLang refuses every request that has another."""
+    asked = (f"actor_rollout_ref.rollout.name={server}", "actor_rollout_ref.rollout.full_determinism=true")
+    servers = Servers(lambda ids, n: answer([7, EOS]))
+    assert agents.generate(agents.worker(servers, *asked), prompt(0), prompt(1)).causes == {}
+    assert all({"seed", "sampling_seed"} & request.keys() == {name} for request in servers.asked)
+    assert len({request[name] for request in servers.asked}) == 2 * GROUP

@@ -143,6 +143,22 @@ def test_a_reward_function_of_the_user_scores(tmp_path: Path, data: Path, senten
     sentence(error.value, "did you mean 'compute_score'?")
 
 
+def test_a_reward_model_scores_instead_of_the_default_scorer(tmp_path: Path, data: Path, sentence) -> None:
+    """Said before the run as it will be; a plugin that is no default is not left out in silence."""
+    model = models.write(tmp_path / "model")
+    asked = ("reward.reward_model.enable=true", "reward.reward_model.rollout.name=vllm")
+    named = f"reward.reward_model.model_path={tmp_path / 'judge'}"
+    lines = looked(data, model, *asked, named)
+    assert f"reward: the model {tmp_path / 'judge'}" in lines and not any("math_verify" in line for line in lines)
+    for overrides, parts in (
+        (asked, ["reward.reward_model.model_path is not set"]),
+        ((*asked, named, "+plugins.reasoning_gym={}"), ["'reasoning_gym' scores answers too", "enable=false"]),
+    ):
+        with pytest.raises(CompositionError) as error:
+            looked(data, model, *overrides)
+        sentence(error.value, *parts)
+
+
 class Makes:
     """Makes a folder when it is unpickled."""
 
