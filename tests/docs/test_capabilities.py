@@ -17,7 +17,7 @@ from verl_plugins.errors import CompositionError
 
 ROOT = Path(__file__).parents[2]
 ENTRIES: list[dict[str, Any]] = yaml.safe_load((ROOT / "docs" / "capabilities.yaml").read_text())
-STATES = ("trained in tests", "checked in units", "refused", "trained by hand", "not tried")
+STATES = ("trained in tests", "checked in units", "refused", "not tried")
 NAMED = [entry for entry in ENTRIES if "test" in entry]
 COMPOSED = [entry for entry in ENTRIES if "overrides" in entry]
 

@@ -5,10 +5,14 @@ Which of them a training has is said in docs/capabilities.yaml, of which the gui
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.tensor  # the checkpoints' DTensors: `weights_only` loads no class that was not imported
 import yaml
+from one_tool import ASKED, REPLY
 from training import SHORT, Training, healthy, train
 
 pytestmark = pytest.mark.e2e
@@ -20,6 +24,19 @@ REWARD = """
 def seven(data_source, solution_str, ground_truth, extra_info=None):
     right = solution_str.strip() == str(ground_truth)
     return {"score": 7.0 * right, "acc": float(right), "digits": float(sum(map(str.isdigit, solution_str)))}
+"""
+
+
+TOOL = """
+tools:
+  - class_name: one_tool.Again
+    config: {type: native}
+    tool_schema:
+      type: function
+      function:
+        name: again
+        description: Asks for another answer
+        parameters: {type: object, properties: {}, required: []}
 """
 
 
@@ -65,3 +82,52 @@ class TestReferenceCorrectionAndFilter:
     def test_the_weights_of_the_correction_are_near_one_on_policy(self, trained: Training) -> None:
         for step in trained.steps:
             assert step["rollout_corr/rollout_is_mean"] == pytest.approx(1, abs=1e-3)
+
+
+class TestCriticAdaptersPackingBypassAndTools:
+    """GAE with a critic, LoRA, packed sequences, fixed micro-batches, bypass mode, a tool in a second turn."""
+
+    @pytest.fixture(scope="class")
+    def trained(self, out: Path) -> Training:
+        tools, agent = out / "tools.yaml", "actor_rollout_ref.rollout.multi_turn"
+        tools.write_text(TOOL)
+        return train(
+            "grpo",
+            out / "critic",
+            *SHORT,
+            f"trainer.total_training_steps={STEPS}",
+            *switches("TestCriticAdaptersPackingBypassAndTools"),
+            f"{agent}.tool_config_path={tools}",
+            f"{agent}.format=begins_with_one",
+            f"{agent}.max_assistant_turns=2",
+            "trainer.save_freq=2",
+            f"trainer.rollout_data_dir={out / 'critic_rollouts'}",
+            site=HERE,
+        )
+
+    def rows(self, trained: Training, step: int) -> list[dict]:
+        text = (trained.out.parent / f"critic_rollouts/{step}.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines()]
+
+    def test_answers_that_ask_for_the_tool_have_its_reply_and_go_on(self, trained: Training) -> None:
+        for step in (1, 2):
+            answers = [row["output"] for row in self.rows(trained, step)]
+            asked = [answer for answer in answers if answer.startswith(ASKED)]
+            assert 0.1 < len(asked) / len(answers) < 0.9
+            assert all((REPLY in answer) == answer.startswith(ASKED) for answer in answers if len(answer) < 8)
+            assert trained.steps[step - 1]["num_turns/max"] == 4 > trained.steps[step - 1]["num_turns/mean"] > 2
+
+    def test_the_ratio_is_that_to_the_rollout(self, trained: Training) -> None:
+        for step in trained.steps:
+            assert "actor/entropy" not in step, "no forward pass before the update"
+            assert abs(step["actor/ppo_kl"]) < 0.01, "LoRA's weights are sent as bfloat16"
+            assert step["actor/grad_norm"] > 0
+
+    def test_the_critic_learns_and_gives_advantages_within_a_response(self, trained: Training) -> None:
+        first, second = trained.steps
+        assert first["critic/vf_loss"] > 0 and first["critic/values/mean"] != second["critic/values/mean"]
+        assert second["critic/grad_norm"] > 0
+
+    def test_adapters_are_all_that_was_trained(self, trained: Training) -> None:
+        weights = torch.load(trained.out / "global_step_2/actor/model_world_size_1_rank_0.pt", weights_only=True)
+        assert any("lora_A" in name for name in weights)
