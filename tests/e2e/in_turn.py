@@ -21,9 +21,9 @@ COMPARED: list[tuple[str, dict[str, Any]]] = [
     ("epo", {"gate_turn": 0, "gate_scope": "row", "history": "per_turn", "max_ratio": 1.2, "min_ratio": 0.8}),
     ("dcpo", {"entropy_source": "previous_mc"}),
     ("copo", {"form": "two_losses"}),
+    ("r3", {"l_max": 16}),
 ]
 DEPENDENT: list[tuple[str, dict[str, Any]]] = [
-    ("r3", {"l_max": 16}),
     ("drpo", {}),
     ("clip_cov", {"clip_cov_ratio": 0.05, "clip_cov_lb": 0.3}),
     ("kl_cov", {"kl_cov_ratio": 0.002}),
