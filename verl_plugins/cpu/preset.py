@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ Settings = tuple[ModelSettings, TaskSettings, WarmupSettings]
 def prepare(config: DictConfig) -> None:
     """Enter the paths of model and data of `config.cpu` where the user has named no others, and make what is used."""
     settings = _settings(config)
-    used = _enter(config, warmup.locate(cache_folder(), *settings))
+    used = enter(config, _places(warmup.locate(cache_folder(), *settings)))
     if used:
         warmup.prepare(cache_folder(), *settings)
 
@@ -35,7 +35,7 @@ def sketch(config: DictConfig) -> Iterator[dict[str, Path]]:
     "it."""
     settings = _settings(config)
     made = warmup.locate(cache_folder(), *settings)
-    used = _enter(config, made)
+    used = enter(config, _places(made))
     with tempfile.TemporaryDirectory(prefix="verl_plugins_sketch_") as folder:
         there = made if made.model_path.is_dir() or not used else warmup.sketch(Path(folder), *settings[:2])
         places = _places(there)
@@ -53,11 +53,11 @@ def _settings(config: DictConfig) -> Settings:
     )
 
 
-def _enter(config: DictConfig, made: Prepared) -> list[str]:
-    """Name what is made where nothing is named; the keys that are what is made now."""
+def enter(config: DictConfig, made: Mapping[str, Path]) -> list[str]:
+    """Name what is made, by key, where nothing is named; the keys that are what is made now."""
     from omegaconf import OmegaConf
 
-    places = {key: str(path) for key, path in _places(made).items()}
+    places = {key: str(path) for key, path in made.items()}
     for key, path in places.items():
         above, _, leaf = key.rpartition(".")
         if OmegaConf.is_missing(OmegaConf.select(config, above), leaf):

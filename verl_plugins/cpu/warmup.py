@@ -7,23 +7,18 @@ start, and most right answers have some probability that reinforcement learning 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import random
-import shutil
-import sys
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from verl_plugins.composition.cache import make_once
 from verl_plugins.cpu.model import ModelSettings, make_config, make_model, make_tokenizer
 from verl_plugins.cpu.task import TaskSettings, all_sums, split_sums, write_task
-from verl_plugins.errors import RunError
 
 if TYPE_CHECKING:
     import torch
@@ -31,8 +26,6 @@ if TYPE_CHECKING:
 
 # Part of the cache key: raise it when the code here, in model.py or in task.py changes what is written.
 FORMAT = 2
-HASHES = "hashes.json"
-"""What each file of a cache folder contained when it was written."""
 
 # Wraps the steps of the warm-up and yields each of them once, as rich.progress.track does.
 Progress = Callable[[Sequence[int]], Iterable[int]]
@@ -131,71 +124,14 @@ def prepare(
     warmup: WarmupSettings,
     progress: Progress | None = show_progress,
 ) -> Prepared:
-    """The warmed-up model and its task from the cache, made first if they are not there.
-
-    A folder appears in the cache under its final name only when it is complete, so a kill leaves no half-made one. Of
-    two processes at once one makes it and the other waits. A folder with a file that is not as it was written is made
-    again.
+    """The warmed-up model and its task from the cache, made first if they are not there or damaged.
 
     Raises:
         RunError: the folder is not in the cache, and the cache cannot be written.
     """
     prepared = locate(cache_dir, model, task, warmup)
-    folder = prepared.model_path.parent
-    if _whole(folder):
-        return prepared
-    try:
-        with _alone(folder):
-            if not _whole(folder):
-                _make_in_place(folder, model, task, warmup, progress)
-    except OSError as error:
-        raise RunError(
-            f"the cache {cache_dir} cannot be written ({error.strerror or error}): set VERL_PLUGINS_CACHE to a folder "
-            "that can"
-        ) from error
+    make_once(prepared.model_path.parent, lambda folder: _make(folder, model, task, warmup, progress))
     return prepared
-
-
-def _make_in_place(
-    folder: Path, model: ModelSettings, task: TaskSettings, warmup: WarmupSettings, progress: Progress | None
-) -> None:
-    for old in folder.parent.glob(f".{folder.name}.*"):
-        if old.is_dir():  # what a kill left: nobody else is at it
-            shutil.rmtree(old, ignore_errors=True)
-    unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    try:
-        _make(unfinished, model, task, warmup, progress)
-        (unfinished / HASHES).write_text(json.dumps(_hashes(unfinished), indent=1))
-        if folder.exists():
-            print(f"{folder} is damaged and was made again", file=sys.stderr)
-            shutil.rmtree(folder)
-        os.rename(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """While no other process makes this folder; the lock ends with its process."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "a") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != HASHES)
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def _whole(folder: Path) -> bool:
-    """Whether the folder is there with every file as it was written."""
-    try:
-        told = json.loads((folder / HASHES).read_text())
-        there = _hashes(folder)
-        return bool(told) and all(there.get(name) == value for name, value in told.items())
-    except (OSError, ValueError, AttributeError):
-        return False
 
 
 def locate(cache_dir: Path, model: ModelSettings, task: TaskSettings, warmup: WarmupSettings) -> Prepared:
