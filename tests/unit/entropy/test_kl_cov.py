@@ -133,6 +133,15 @@ class TestSelection:
         assert logged["num_selected"] == 1
         assert logged["rest_abs_kl"] == 0
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_all_tokens_chosen_and_none_with_an_advantage(self, dtype):
+        given, logged = {name: v if v.dtype == torch.bool else v.to(dtype) for name, v in fields(0).items()}, {}
+        given["advantages"] = torch.zeros_like(given["advantages"])
+        losses_and_gradient(method(kl_cov_ratio=1.0), tokens_of(given, logged))
+        assert logged["num_selected"] == int(given["response_mask"].sum())
+        assert logged["rest_abs_kl"] == pytest.approx(0, abs=1e-5)
+        assert logged["selected_negative_share"] == 0
+
     @FEW
     @given(SEEDS)
     def test_metrics(self, seed):

@@ -367,6 +367,11 @@ class TestBounds:
         expected = [a / b * (1 - a) * (math.log(a) + 0.5) for a, b in zip(p, q, strict=True)]
         assert found[0].tolist() == pytest.approx(expected, rel=1e-6)
 
+    def test_an_old_log_prob_that_rounding_has_lifted_above_0(self):
+        log_p, one = torch.full((1, 1), -1.0).double(), torch.ones(1, 1).double()
+        lifted, certain = (entropy_change(log_p.clone(), old * one, one, 0.5 * one) for old in (0.25, 0.0))
+        assert torch.equal(lifted, certain)
+
     @pytest.mark.parametrize("entropy", [math.nan, math.inf])
     def test_what_is_not_finite_is_0(self, entropy):
         one = torch.full((1, 1), -1.0)

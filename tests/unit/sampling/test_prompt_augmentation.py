@@ -275,6 +275,13 @@ class TestReward:
             **{"length/dots": 2.5, "length/free": 2, "acc_mean": 0.25, "format_mean": 0.75, "format_only_groups": 0.5},
         }
 
+    def test_a_group_that_agrees_in_answer_and_format_is_not_told_apart_by_format(self, short):
+        plugin, run = method(templates=(short,), validation="free"), run_of()
+        batch = make_batch(["1.", "2."], ["dots", "dots"], [0, 0], uid=["0-1-0", "0-1-0"])
+        plugin.shape_rewards(run, batch)
+        plugin.observe(run, batch)
+        assert run.metrics["format_only_groups"] == 0
+
 
 class TestCheck:
     """What it cannot work with."""
