@@ -242,7 +242,7 @@ class TestRun:
         assert [line.split(":")[0] for line in seen] == ["reward", "model", "data", "data"]
 
     def test_an_interrupted_run_ends_with_130(self, monkeypatch, site) -> None:
-        site.write("launcher.py", "def start(out):\n    raise KeyboardInterrupt\n")
+        site.write("launcher.py", "def start(out, preset):\n    raise KeyboardInterrupt\n")
         monkeypatch.setattr(cli, "DEMO", "launcher:start")
         monkeypatch.setattr(sys, "argv", ["verl-plugins", "demo"])
         with pytest.raises(SystemExit) as done:

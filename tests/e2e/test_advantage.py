@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from training import PROMPTS, SHORT, Training, healthy, ours, train
 
-from verl_plugins.cpu.demo import draw, read_metrics, summary, validation_accuracy
+from verl_plugins.cpu.demo import answers, draw, read_metrics, summary, validation_accuracy
 
 pytestmark = pytest.mark.e2e
 
@@ -22,6 +23,7 @@ class TestGrpo:
     def grpo(self, out: Path) -> Training:
         batches = "actor_rollout_ref.actor.ppo_mini_batch_size=8"
         validation = ("data.val_max_samples=32", "trainer.test_freq=2")
+        validation += (f"trainer.validation_data_dir={out / 'grpo_answers'}",)
         return train("grpo", out / "grpo", "trainer.total_training_steps=2", batches, *validation)
 
     def test_trains(self, grpo: Training) -> None:
@@ -47,7 +49,10 @@ class TestGrpo:
     def test_the_demo_summarises_and_draws_it(self, grpo: Training, tmp_path: Path) -> None:
         steps, validations = read_metrics(grpo.out / "metrics.jsonl")
         console = Console(width=120, record=True, quiet=True)
-        console.print(summary(steps, validations))
+        console.print(summary(steps, validations, "cpu"))
+        console.print(answers(*(grpo.out.with_name("grpo_answers") / f"{step}.jsonl" for step in (0, 2))))
+        lines = [line for line in console.export_text().splitlines() if re.search(r"│ \d\+\d\+\d= *│ \d", line)]
+        assert len(lines) == 3 == len(set(lines))
         picture = draw(steps, validations, tmp_path / "curves.png")
         assert picture.read_bytes().startswith(b"\x89PNG")
         assert picture.stat().st_size > 10_000

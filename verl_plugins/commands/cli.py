@@ -134,9 +134,12 @@ def run(
 
 
 @app.command()
-def demo(out: Out = None) -> None:
-    """Train a tiny model on this machine's CPU and show what happened."""
-    _start(DEMO, out=out or _folder("demo"))
+def demo(
+    out: Out = None,
+    preset: Annotated[str, typer.Option(help="cpu, a tiny model, or smollm2, a real one.")] = "cpu",
+) -> None:
+    """Train a small model on this machine's CPU and show what happened."""
+    _start(DEMO, out=out or _folder("demo"), preset=preset)
 
 
 @app.command()

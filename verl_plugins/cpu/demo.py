@@ -1,4 +1,4 @@
-"""`verl-plugins demo`: train the recipe `vade` on the CPU preset, then say what happened in a table and a picture."""
+"""`verl-plugins demo`: train the recipe `vade` on a CPU preset, then say what happened in tables and a picture."""
 
 from __future__ import annotations
 
@@ -9,8 +9,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-RECIPE, PRESET = "vade", "cpu"
+from verl_plugins.errors import RunError, printable
+
+RECIPE = "vade"
+ANSWERS = "validation"
+"""Folder of the run with what was answered in validations, as verl writes it: `<step>.jsonl`."""
+SHOWN = 3
+"""Prompts whose answers are printed."""
 WINDOW = 5
 """Steps averaged at the start and at the end of the run."""
 CURVES = {
@@ -21,21 +28,28 @@ CURVES = {
 }
 
 
-def demo(out: Path) -> int:
+def demo(out: Path, preset: str = "cpu") -> int:
     """Train, then summarise; returns the exit code."""
     from verl_plugins.bridge.launch import launch
     from verl_plugins.composition.compose import compose
     from verl_plugins.composition.look import look
     from verl_plugins.composition.needs import check
 
-    composed = compose(RECIPE, PRESET, ())
+    out = Path(out).absolute()
+    composed = compose(RECIPE, preset, [f"trainer.validation_data_dir='{out / ANSWERS}'"])
+    if not composed.prepare:
+        raise RunError(f"--preset {preset} makes no model and data of its own: choose cpu, cpu-vllm or smollm2")
     look(composed, check(composed), out)
     code = launch(composed, out=out)
     if code == 0:
-        steps, validations = read_metrics(Path(out) / "metrics.jsonl")
-        Console().print(summary(steps, validations))
-        picture = draw(steps, validations, Path(out) / "curves.png")
-        Console().print(f"curves: {picture}")
+        steps, validations = read_metrics(out / "metrics.jsonl")
+        console = Console()
+        console.print(summary(steps, validations, preset))
+        if len(validations) > 1:
+            first, last = (out / ANSWERS / f"{step}.jsonl" for step in (validations[0][0], validations[-1][0]))
+            console.print(answers(first, last))
+        picture = draw(steps, validations, out / "curves.png")
+        console.print(f"curves: {picture}")
     return code
 
 
@@ -51,9 +65,22 @@ def validation_accuracy(metrics: dict[str, float]) -> float:
     return next(value for key, value in metrics.items() if key.startswith("val-core/") and "/acc/mean@" in key)
 
 
-def summary(steps: Sequence[dict], validations: Sequence[tuple[int, dict]]) -> Table:
+def answers(first: Path, last: Path) -> Table:
+    """What the model said to a few held-out prompts in two validations; its text is shown and never interpreted."""
+    before, after = ([json.loads(line) for line in file.read_text().splitlines()] for file in (first, last))
+    table = Table(title="held-out prompts")
+    for heading in ("prompt", "right answer", "before", "after"):
+        table.add_column(heading)
+    said = {row["input"]: row["output"] for row in reversed(after)}
+    for row in list({row["input"]: row for row in reversed(before)}.values())[-SHOWN:]:
+        told = (row["input"], row["gts"], row["output"], said.get(row["input"], ""))
+        table.add_row(*[Text(printable(" ".join(str(text).split()))) for text in told])
+    return table
+
+
+def summary(steps: Sequence[dict], validations: Sequence[tuple[int, dict]], preset: str) -> Table:
     """Before and after."""
-    table = Table(title=f"{RECIPE} on the {PRESET} preset, {len(steps)} steps")
+    table = Table(title=f"{RECIPE} on the {preset} preset, {len(steps)} steps")
     for heading in ("", "before", "after"):
         table.add_column(heading, justify="left" if not heading else "right")
     if len(validations) > 1:
