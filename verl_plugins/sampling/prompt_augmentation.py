@@ -125,7 +125,7 @@ def format_rewards(texts: Sequence[str], names: Sequence[str], templates: Mappin
     return rewards
 
 
-def augmented_reward(correct: Any, format_reward: Any, format_weight: float = 1.0) -> Any:
+def augmented_reward(correct: Any, format_reward: Any, format_weight: float) -> Any:
     """R = acc + format_weight fmt, [B] each."""
     return correct + format_weight * format_reward
 

@@ -249,3 +249,10 @@ def test_metrics():
     assert run.metrics["positive_weight"] == pytest.approx(7 / 16 * run.metrics["negative_weight"], rel=1e-5)
     assert run.metrics["positive_share"] == pytest.approx(7 / 23, rel=1e-5)
     assert run.metrics["weight_easy"] == 0 < run.metrics["weight_hard"] < run.metrics["weight_medium"]
+
+
+def test_the_codes_epsilon_is_added():
+    """Of a prompt that hardly anybody solves it decides the factor."""
+    rare = torch.tensor([1e-12], dtype=torch.float64)
+    found = attention_shift(rare, 1.0, variant="code")
+    assert float(found) == pytest.approx(0.5 / (1e-6 + 1e-6), rel=1e-6)

@@ -217,6 +217,11 @@ class TestRefusals:
     def test_rounding_is_not_out_of_range(self):
         assert estimate(*groups_of([1.0000001, 0], [0, 1.0000001])).tolist() == pytest.approx([0.5, -0.5, -0.5, 0.5])
 
+    def test_rounding_is_measured_by_the_range(self):
+        scores, bounds = [1.0000001, -1], {"reward_min": -1.0, "reward_max": 1.0}
+        found = estimate(*groups_of(scores, scores[::-1]), **bounds).tolist()
+        assert found == pytest.approx([0.5, -0.5, -0.5, 0.5])
+
     @pytest.mark.parametrize(
         ("options", "config", "names"),
         [

@@ -96,6 +96,14 @@ class TestBelief:
             method(init_from=str(path))._prepare(2)
         sentence(error.value, "mopps: init_from", "prompt ids below 2")
 
+    def test_how_well_it_predicts_is_told_of_the_success_rates(self):
+        """Much evidence is no high rate."""
+        plugin, run = method(), FakeRun(dataset=FakeDataset(2))
+        plugin._prepare(2)
+        plugin.right[:], plugin.wrong[:] = [9, 10], [1, 90]
+        plugin.observe(run, make_batch((0, [1, 1]), (1, [0, 0])))
+        assert run.metrics["predicted_vs_observed_corr"] == pytest.approx(1)
+
     def test_foreign_prompt(self):
         with pytest.raises(DataError, match="mopps: prompt ids 3 to 3 are not all among the 3"):
             method().observe(FakeRun(dataset=FakeDataset(3)), make_batch((3, [1.0])))
@@ -128,6 +136,12 @@ class TestPool:
             passes.append(tuple(order))
         assert len(set(passes)) == 4 and all(sorted(order) == list(range(12)) for order in passes)
         assert (plugin.passes, run.metrics["passes"]) == (4, 4)
+
+    def test_runs_of_other_seeds_have_other_orders(self):
+        orders = {
+            tuple(asked(method(pool_ratio=1), FakeRun(dataset=FakeDataset(12), seed=seed), 12)) for seed in range(3)
+        }
+        assert len(orders) == 3
 
     def test_a_resume_in_the_middle_goes_on_where_it_was(self):
         run, whole, parts = FakeRun(dataset=FakeDataset(12)), [], []

@@ -225,8 +225,8 @@ class TestOutcomes:
         sentence(error.value, "siri: '</think>'", "special token")
 
     def test_a_rollout_that_ignores_the_budget_is_noticed(self, sentence):
-        batch = finished([4, 9], [4, 9], [1, 1])
-        batch._source.fields["__max_tokens__"] = [4, 5]
+        batch = finished([4, 9, 10], [4, 9, 10], [1, 1, 1])
+        batch._source.fields["__max_tokens__"] = [4, 5, 6]
         with pytest.raises(DataError) as error:
             method().shape_rewards(FakeRun(), batch)
         sentence(error.value, "9 tokens", "budget of 5")

@@ -329,5 +329,5 @@ class TestCheck:
 @pytest.mark.parametrize(("predicted", "correlation"), [([0.9, 0.1, 0.5], 1.0), ([0.1, 0.9, 0.5], -1.0)])
 def test_how_well_the_belief_predicts(predicted, correlation):
     run = FakeRun(FakeDataset(3))
-    log_outcomes(run, np.array(predicted), np.array([4, 0, 2]), np.array([4, 4, 4]), np.ones(3))
+    log_outcomes(run, np.array(predicted), np.array([2, 0, 4]), np.array([2, 8, 8]), np.ones(3))
     assert run.metrics["predicted_vs_observed_corr"] == pytest.approx(correlation)
