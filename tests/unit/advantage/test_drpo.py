@@ -291,6 +291,13 @@ class TestTrustRegion:
             assert loss == pytest.approx(whole[0])
             torch.testing.assert_close(gradient, whole[1])
 
+    def test_a_micro_batch_of_padding_rows(self):
+        batch, logged = make_batch(*self.ROWS), {}
+        tokens = tokens_of(batch, batch.old_log_probs - 0.1, estimate(batch).double(), logged=logged)
+        tokens.response_mask = torch.zeros_like(tokens.response_mask)
+        method(beta=10.0, delta=0.02).policy_loss(tokens)
+        assert logged == {"ppo_kl": 0, "constraint_coef": 0, "constraint_active": 0}
+
     def test_metrics(self):
         batch, logged = make_batch(*self.ROWS), {}
         advantages = estimate(batch).double()

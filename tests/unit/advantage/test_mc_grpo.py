@@ -161,6 +161,8 @@ class TestCheck:
             method().check(config)
         sentence(error.value, names)
 
-    @pytest.mark.parametrize("config", [OmegaConf.create({}), composed(), composed(micro=5, dynamic=True)])
+    @pytest.mark.parametrize(
+        "config", [OmegaConf.create({}), composed(), composed(3, 4, 8), composed(micro=5, dynamic=True)]
+    )
     def test_possible(self, config):
         method().check(config)

@@ -240,7 +240,9 @@ class TestScore:
     @pytest.mark.parametrize("names", [[], ["val-core/a/acc/mean@8", "val-core/b/acc/mean@8"]])
     def test_must_be_named_unless_there_is_just_one(self, names, sentence):
         with pytest.raises(DataError) as error:
-            method().on_validation_end({"val-aux/a/reward/std@8": 0.1} | dict.fromkeys(names, 0.5))
+            method().on_validation_end(
+                {"val-aux/a/reward/mean@8": 0.1, "val-core/a/acc/std@8": 0.1} | dict.fromkeys(names, 0.5)
+            )
         sentence(error.value, "plugins.entropy_law.performance", str(len(names)), *names)
 
     def test_named(self, sentence):

@@ -177,6 +177,8 @@ class TestMetrics:
         zeroed = int(((losses == 0) & valid & (given["advantages"] != 0)).sum())
         assert logged["num_selected"] == zeroed == min(max(int(0.1 * valid.sum()), 1), logged["num_candidates"])
         assert logged["pg_clipfrac"] == pytest.approx(zeroed / int(valid.sum()))
+        assert logged["selected_fraction"] == pytest.approx(zeroed / logged["num_candidates"])
+        assert 0 < logged["selected_fraction"] < 1
         assert 0.2 < logged["selected_cov"] < 5
         assert 0 < logged["ppo_clipfrac"] < 1
         cov = covariance(given["advantages"], given["log_probs"], valid.double())[valid]
