@@ -15,7 +15,7 @@ import re
 import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -36,6 +36,10 @@ LONGEST = 2000
 """Longer answers and truths are compared as texts only."""
 WHOLE_NUMBER = re.compile("0|-?[1-9][0-9]*")
 """Written in the one usual way: two of them are equal only if they are the same string."""
+
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+CALCULATION = re.compile(rf"{NUMBER.pattern}(?:\s*(?:[-+*×·⋅÷−]|\\(?:times|cdot|div))\s*{NUMBER.pattern})+")
+"""With plain numbers, and not a fraction or a power, which are values as they stand."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Comparer:
         memory_mb: the most address space of a process.
         max_characters: how far from the end of a response marks other than boxes and tags are looked for.
         cache_size: comparisons that are remembered.
+        calculations: whether `8 + 19` is the answer 27, where it is all that is said or marked as the answer.
     """
 
     def __init__(
@@ -75,9 +80,10 @@ class Comparer:
         memory_mb: int = 1024,
         max_characters: int = LAST,
         cache_size: int = 16384,
+        calculations: bool = True,
     ) -> None:
         self.pool = Pool(WORK, workers, deadline, memory_mb << 20)
-        self.max_characters = max_characters
+        self.max_characters, self.calculations = max_characters, calculations
         # With the condition, threads that bring the same pair wait for the first instead of hanging as well.
         self._remembered = cached(LRUCache(cache_size), condition=threading.Condition())(self._ask)
 
@@ -91,7 +97,17 @@ class Comparer:
         expected = ground_truth(truth)
         if answer is None:
             return Scored(False, "no final answer" if expected is not None else "no ground truth")
-        return self.compare(answer, truth)
+        found = self.compare(answer, truth)
+        if found.correct and NUMBER.fullmatch(expected) and self._is_the_question(text, found):
+            return replace(found, correct=False, reason="not equal", what="a calculation that is not carried out")
+        return found
+
+    def _is_the_question(self, text: str, found: Scored) -> bool:
+        """Whether a calculation stands for its result: nowhere if so set, else not where the text goes on after it."""
+        if not CALCULATION.fullmatch(found.form.replace("(", "").replace(")", "")):
+            return False
+        goes_on = re.search(r"[^\W\d_]{2}", text.rpartition(found.answer)[2])
+        return not self.calculations or bool(goes_on and not marked_answer(text, self.max_characters)[0])
 
     def compare(self, answer: str, truth: Any) -> Scored:
         """Whether an answer, which is not searched for in a longer text, is `truth`.

@@ -29,11 +29,19 @@ class MathVerify(Plugin):
         workers: int = setting(4, "processes that compare answers, for each of verl's reward workers", ge=1)
         deadline: float = setting(5.0, "seconds a comparison may take before its process is killed", gt=0)
         memory_mb: int = setting(1024, "the most memory (address space) a process may take, in MiB", ge=256)
+        calculations: bool = setting(
+            True, "whether `8 + 19` is the answer 27; set it to false where that is the question"
+        )
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.comparer = Comparer(
-            config.workers, config.deadline, config.memory_mb, config.max_characters, config.cache_size
+            config.workers,
+            config.deadline,
+            config.memory_mb,
+            config.max_characters,
+            config.cache_size,
+            config.calculations,
         )
 
     def start_scoring(self) -> None:

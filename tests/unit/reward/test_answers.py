@@ -44,3 +44,13 @@ def test_there_are_right_and_wrong_ones_of_many_kinds():
     assert len(KINDS) >= 45
     assert min(right, len(ROWS) - right) >= 400
     assert len(MISSED) <= 0.02 * len(ROWS)
+
+
+@pytest.mark.parametrize("text", ["8 + 19", "The answer is 8+19", r"\boxed{8 + 19}", "So: $8+19$"])
+def test_a_calculation_is_no_answer_where_calculations_are_the_questions(text):
+    for calculations in (True, False):
+        comparer = Comparer(cache_size=0, calculations=calculations)
+        comparer.pool.ask = lambda request: judge(**request)
+        assert comparer.verify(text, "27").correct is calculations
+        assert comparer.verify("8 + 19 = 27", "27").correct
+        assert comparer.verify("27", "27").correct
