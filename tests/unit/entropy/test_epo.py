@@ -406,6 +406,13 @@ class TestLoss:
         assert logged["penalty"] == pytest.approx(float(term[mask].mean()) / CONFIG["entropy_coeff"])
         assert logged["gate_open_share"] == float(bool(given[GATE].any()))
 
+    def test_open_gates_are_counted_by_rows_that_have_tokens(self):
+        given, logged = fields(2, rows=8), {}
+        given[GATE] = (torch.arange(8) % 2).double()
+        given["response_mask"][:3] = False
+        term_of(method(**BAND, gate_scope="row"), tokens_of(given, logged))
+        assert logged["gate_open_share"] == pytest.approx(3 / 5)
+
 
 class TestRefusals:
     """Settings under which nothing, or nothing sensible, would happen."""
