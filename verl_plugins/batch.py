@@ -324,7 +324,7 @@ class Batch:
     def drop(self, rows: Tensor) -> None:
         """Leave rows [B] bool out of the rest of the step (`select_rows` only)."""
         self._row_shaped(rows, "drop")
-        if rows.dim() != 1 or rows.is_floating_point():
+        if rows.dim() != 1 or bool(((rows != 0) & (rows != 1)).any()):
             raise DataError(f"drop: {rows.dtype} {tuple(rows.shape)}, expected one flag per row, bool ({len(self)},)")
         self.dropped = self.dropped | rows.bool()
         if bool(self.dropped.all()):
