@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from pathlib import Path
@@ -48,7 +49,7 @@ class TestGrpo:
 
     def test_the_demo_summarises_and_draws_it(self, grpo: Training, tmp_path: Path) -> None:
         steps, validations = read_metrics(grpo.out / "metrics.jsonl")
-        console = Console(width=120, record=True, quiet=True)
+        console = Console(width=120, record=True, file=io.StringIO())
         console.print(summary(steps, validations, "cpu"))
         console.print(answers(*(grpo.out.with_name("grpo_answers") / f"{step}.jsonl" for step in (0, 2))))
         lines = [line for line in console.export_text().splitlines() if re.search(r"│ \d\+\d\+\d= *│ \d", line)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import random
 import secrets
 import signal
 import socket
@@ -31,6 +32,9 @@ START_SECONDS = 300
 KILLED_SECONDS = 3
 """How long is waited for killed processes to be gone, which they are at once unless the system is stuck."""
 PR_SET_PDEATHSIG = 1
+EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+LOWEST = 20000
+"""Ray keeps 10002 to 19999 for its workers."""
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "GLOO_SOCKET_IFNAME": "lo"}
 """Keeps Ray's node address, and with it every socket of a run, at 127.0.0.1; else Ray takes the network's for it.
 
@@ -124,8 +128,16 @@ def _end_with_parent() -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+    """Free ones below those that the system hands out: Ray takes them seconds later, and others come and go until then.
+
+    Two runs that start at once draw different ones, but for one in thousands.
+    """
+    low, high = EPHEMERAL.read_text().split() if EPHEMERAL.is_file() else ("32768", "60999")
+    draw, last = random.SystemRandom(), int(low) if int(low) > LOWEST + 1000 else int(high)
+    found: set[int] = set()
+    while len(found) < count:
+        port = draw.randrange(LOWEST, last)
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            found.add(port)
+    return list(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -52,3 +53,13 @@ def test_what_a_dead_head_process_has_started_is_still_found_and_ended() -> None
     head._stop(process)
     _, alive = psutil.wait_procs(left, timeout=5)
     assert alive == [] and head.members(process.pid) == []
+
+
+def test_ports_are_free_and_not_those_the_system_hands_out():
+    """One that anybody may be given before Ray binds it ends a run that starts beside another."""
+    low = int(head.EPHEMERAL.read_text().split()[0])
+    found = [head._free_ports(3) for _ in range(20)]
+    assert all(len(set(ports)) == 3 and head.LOWEST <= min(ports) <= max(ports) < low for ports in found)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", found[0][0]))
+        assert all(found[0][0] not in head._free_ports(3) for _ in range(20))
