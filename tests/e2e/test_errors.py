@@ -37,6 +37,15 @@ class TestErrors:
         assert "Traceback" in done.log
         assert "raised by plugin 'broken' in estimate_advantage" in done.log
 
+    def test_a_state_that_cannot_be_saved_ends_the_run_before_its_first_step(
+        self, tmp_path: Path, third_party: Path
+    ) -> None:
+        steps = ("trainer.total_training_steps=3", "trainer.save_freq=3")
+        done = train("unsaved", tmp_path / "run", *SHORT, *steps, site=third_party, check=False)
+        assert done.returncode == 1 and "step    1/3" not in done.output
+        (error,) = [line for line in done.output.splitlines() if line.startswith("error: ")]
+        assert "driver/unsaved/asked" in error and "neither as an array nor as JSON" in error
+
     def test_sessions_that_fail(self, tmp_path: Path, third_party: Path) -> None:
         """Some in the first step, which goes on; all in the second, which stops with the cause and not with verl's."""
         steps = "trainer.total_training_steps=3"
