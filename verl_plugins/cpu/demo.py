@@ -36,7 +36,8 @@ def demo(out: Path, preset: str = "cpu") -> int:
     from verl_plugins.composition.needs import check
 
     out = Path(out).absolute()
-    composed = compose(RECIPE, preset, [f"trainer.validation_data_dir='{out / ANSWERS}'"])
+    composed = compose(RECIPE, preset, ())
+    composed.config.trainer.validation_data_dir = str(out / ANSWERS)
     if not composed.prepare:
         raise RunError(f"--preset {preset} makes no model and data of its own: choose cpu, cpu-vllm or smollm2")
     look(composed, check(composed), out)
