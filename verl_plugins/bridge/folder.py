@@ -13,6 +13,8 @@ from pathlib import Path
 from verl_plugins.errors import RunError
 
 LOCK = ".lock"
+FINISHED = "finished"
+"""Is in the folder when the run came to its end."""
 LEAST_BYTES = 1 << 20
 """With less room than this a disk counts as full."""
 

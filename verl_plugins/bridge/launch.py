@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from verl_plugins.bridge import RUN_VARIABLE, census
 from verl_plugins.bridge.ending import Interrupted, Signals, how_to_go_on
 from verl_plugins.bridge.environment import of_this_run
-from verl_plugins.bridge.folder import locked, trouble
+from verl_plugins.bridge.folder import FINISHED, locked, trouble
 from verl_plugins.bridge.intact import latest_step, resumed_from
 from verl_plugins.bridge.report import LOG_FILE, Reporter, Terminal
 from verl_plugins.composition import loggers, manager
@@ -79,9 +79,12 @@ def _prepared(composed: Any, out: Path) -> DictConfig:
 
 def _told(terminal: Terminal, out: Path, signals: Signals, run: Callable[[], None]) -> int:
     """Run it; whatever ends it is told in one sentence, with the way to go on. Returns the exit code."""
+    finished = out / FINISHED
+    finished.unlink(missing_ok=True)
     try:
         run()
         if signals.asked is None:
+            finished.touch()
             return 0
         terminal.say(how_to_go_on(out))
         return 128 + signals.asked

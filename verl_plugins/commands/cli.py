@@ -162,6 +162,48 @@ def compare(
 
 
 @app.command()
+def study(
+    variants: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="'RECIPE [key=value]…'… | FILE.yaml [VARIANT]…", help="What to compare, baseline first."
+        ),
+    ],
+    preset: Preset = None,
+    out: Annotated[Path, typer.Option(help="Folder of the study; what is finished in it is not repeated.")] = Path(
+        "study"
+    ),
+    seeds: Annotated[Optional[int], typer.Option(min=1, help="Trainings of each variant. [default: 5]")] = None,  # noqa: UP045
+    steps: Annotated[Optional[int], typer.Option(min=1, help="Of each training. [default: the preset's]")] = None,  # noqa: UP045
+    budget: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="tokens|steps", help="Compare at equal tokens or equal steps. [default: tokens]"),
+    ] = None,
+    baseline: Annotated[Optional[str], typer.Option(help="Another variant than the first.")] = None,  # noqa: UP045
+    common: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of all variants; may be repeated."),
+    ] = None,
+    column: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="KEY", help="A metric as a column, mean over all steps; may be repeated."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Trainings at the same time on this machine.")] = 1,
+    command: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Hand each training to a scheduler, as in 'sbatch --wrap={command}'; also {name}, {folder}."),
+    ] = None,
+) -> None:
+    """Train variants with several seeds and compare them at equal cost, paired by seed, with intervals."""
+    from verl_plugins.commands.study import command as of_study
+    from verl_plugins.commands.study.design import from_options
+
+    options = {"preset": preset, "seeds": seeds, "steps": steps, "budget": budget, "baseline": baseline}
+    what = from_options(variants, common or (), column or (), **options)
+    _start(f"{of_study.__name__}:study", what, out, jobs, command)
+
+
+@app.command()
 def score(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Answers, as .jsonl, .json or .parquet, or a dump.")],
     text: Annotated[Optional[str], typer.Option(metavar="COLUMN", help="The responses.")] = None,  # noqa: UP045

@@ -117,7 +117,7 @@ def _steps(file: Path) -> pd.DataFrame:
         row = table.setdefault(record["step"], {})
         if "validation" in record:
             accuracy = [value for key, value in record["validation"].items() if "/acc/mean@" in key]
-            row |= {"validation": sum(accuracy) / len(accuracy)} if accuracy else {}
+            row |= record["validation"] | ({"validation": sum(accuracy) / len(accuracy)} if accuracy else {})
         else:
             row |= record
     return pd.DataFrame.from_dict(table, orient="index").sort_index()
@@ -263,7 +263,12 @@ def verdict(first: Sequence[Run], other: Sequence[Run], metric: str) -> str:
 
 
 def _judged(mean: float, error: float, free: int, of: str) -> str:
-    t = T_975[max(free, 1) - 1] if free <= len(T_975) else 1.96 + 2.6 / free
+    t = t_975(free)
     low, high = mean - t * error, mean + t * error
     says = "more than seeds explain" if low > 0 or high < 0 else "within what seeds do"
     return f"{mean:+.3f}, 95 % interval {low:+.3f} to {high:+.3f} ({of}): {says}"
+
+
+def t_975(free: int) -> float:
+    """Student's t, 97.5th percentile; from 16 degrees of freedom to three digits."""
+    return T_975[max(free, 1) - 1] if free <= len(T_975) else 1.96 + 2.6 / free
