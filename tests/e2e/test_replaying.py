@@ -16,7 +16,7 @@ PROMPTS, ROLLOUTS, BYTES = 16, 8, 256
 SMALL = (
     "data.train_max_samples=32",
     "data.max_prompt_length=48",
-    f"plugins.r3.wording={Path(__file__).parents[2] / 'benchmarks/again.yaml'}",
+    f"plugins.r3.wording={Path(__file__).parents[2] / 'benchmarks/studies/again.yaml'}",
 )
 """An epoch is two steps, and the wording is one the preset's model can read."""
 
