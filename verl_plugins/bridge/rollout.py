@@ -24,6 +24,7 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorke
 from verl_plugins.bridge import census
 from verl_plugins.bridge.defaults import WorkerDefaults
 from verl_plugins.bridge.failures import Executor, Failures, give_up
+from verl_plugins.bridge.late import Begun
 from verl_plugins.bridge.loops import (
     CUT_OFF,
     SINGLE_TURN,
@@ -73,6 +74,7 @@ class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
         self._scorer = RewardBatcher(self.reward_loop_worker_handles)
         self._publisher = Publisher(by_step=self.config.trainer.v1.trainer_mode == "sync")
         self.failures, self._threads = Failures(), Executor(thread_name_prefix="agent-loop")
+        self._begun = Begun()
         self._single_turn: SingleTurn | None = None
 
     def _seeds_requests(self) -> bool:
@@ -97,7 +99,8 @@ class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
         try:
             group = _Group(self, prompt, sampling_params, trajectory, trace)
             self.failures.asked += group.size
-            sessions = await self._generate_group(group)
+            with self._begun.at(uid, _name(prompt, validate)):
+                sessions = await self._generate_group(group)
             if sessions and not validate:
                 sessions[0].outputs[-1].extra_fields[ACCOUNT_FIELD] = group.account.as_field()
             rows = await self._rows(sessions, validate)
@@ -124,6 +127,10 @@ class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
     async def take_failures(self) -> Failures:
         """What failed since the driver last asked."""
         return self.failures.take()
+
+    async def late(self, seconds: float) -> tuple[int, str, float, str] | None:
+        """Prompts that have taken longer than this, as `Begun.late` says."""
+        return self._begun.late(seconds)
 
     async def _generate_group(self, group: _Group) -> list[_Session]:
         if group.validate or not self._has_group_control:

@@ -28,6 +28,7 @@ from verl_plugins.bridge.defaults import DriverDefaults
 from verl_plugins.bridge.drawing import DrawsPrompts
 from verl_plugins.bridge.estimating import EstimatesAdvantage
 from verl_plugins.bridge.failures import Failures, collect, explains
+from verl_plugins.bridge.late import Lookout
 from verl_plugins.bridge.loss import STEP_KEY
 from verl_plugins.bridge.run import DriverRun
 from verl_plugins.bridge.saving import SavesState
@@ -171,7 +172,8 @@ class Stages(DrawsPrompts, EstimatesAdvantage, ServesRollouts, SavesState):
         if self.signals is not None:
             self.signals.saves = self.config.trainer.save_freq > 0
         self._agents = agent_loop_manager.agent_loop_workers
-        with self._first_cause():
+        say = print if self.reporter is None else self.reporter.note
+        with self._first_cause(), Lookout(self._agents, say):
             super().fit(agent_loop_manager)
         if self.config.trainer.get("val_only", False):
             return
