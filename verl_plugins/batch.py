@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from verl_plugins.errors import DataError
-from verl_plugins.fields import RESERVED, Addition, Fields, Source, TensorSource, version
+from verl_plugins.fields import LOSS_MASK, RESERVED, Addition, Fields, Source, TensorSource, narrowed, version
 from verl_plugins.groups import Groups
 
 
@@ -308,8 +308,10 @@ class Batch:
         return self.response_mask.view(torch.uint8).float().mul_(values.float()[:, None])
 
     def put(self, name: str, values: Tensor) -> None:
-        """Add a field [B] or [B,T] that later stages read with `extra(name)`, the loss with `tokens.extra(name)`."""
+        """Add a field [B] or [B,T]: `extra(name)` of later stages and the loss. `loss_mask` takes tokens out."""
         self._row_shaped(values, f"put {name!r}")
+        if name == LOSS_MASK:
+            values = narrowed(values, self.response_mask, self.written.get(name))
         if name in RESERVED or name.startswith("__"):
             raise DataError(f"put {name!r}: a field of the trainer's own has this name; give yours another one")
         self._fields[name] = self.written[name] = values

@@ -7,14 +7,19 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from torch import Tensor
+
+from verl_plugins.errors import DataError
 
 RESERVED = frozenset(
-    ("prompts", "responses", "input_ids", "attention_mask", "position_ids", "response_mask", "loss_mask", "rm_scores")
+    ("prompts", "responses", "input_ids", "attention_mask", "position_ids", "response_mask", "rm_scores")
     + ("raw_scores", "advantages", "returns", "values", "rollout_log_probs", "ref_log_prob", "entropy", "raw_prompt")
     + ("prompt_log_probs", "routed_experts", "uid", "extra_fields", "extra_info", "reward_model", "data_source")
     + ("response_lengths", "prompt_lengths", "seq_len", "verdict", "acc")
 )
 """Names of the trainer's own; what a method may replace is the policy's `old_log_probs`, in `observe`."""
+LOSS_MASK = "loss_mask"
+"""The trainer's own as well: a method may take tokens out of it."""
 
 
 @dataclass(frozen=True)
@@ -81,3 +86,19 @@ def version(value: Any) -> int | None:
         return value._version
     except (AttributeError, RuntimeError):
         return None
+
+
+def narrowed(mask: Tensor, response_mask: Tensor, before: Tensor | None) -> Tensor:
+    """[B,T] the tokens that have a part in the loss by this mask and by one that was put before.
+
+    Raises:
+        DataError: it is no mask of tokens, or has tokens that the policy did not generate.
+    """
+    if mask.shape != response_mask.shape or bool(((mask != 0) & (mask != 1)).any()):
+        found, expected = tuple(mask.shape), tuple(response_mask.shape)
+        raise DataError(f"put 'loss_mask': {mask.dtype} {found}, expected flags {expected}")
+    if bool((mask.bool() & ~response_mask.bool()).any()):
+        raise DataError(
+            "put 'loss_mask': it has tokens that the policy did not generate; combine it with response_mask"
+        )
+    return mask.long() if before is None else mask.long() * before

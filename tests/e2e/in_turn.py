@@ -22,6 +22,7 @@ COMPARED: list[tuple[str, dict[str, Any]]] = [
     ("dcpo", {"entropy_source": "previous_mc"}),
     ("copo", {"form": "two_losses"}),
     ("r3", {"l_max": 16}),
+    ("prob_mask", {"rho": 0.6}),
 ]
 DEPENDENT: list[tuple[str, dict[str, Any]]] = [
     ("drpo", {}),

@@ -228,3 +228,43 @@ class TestSiri:
         assert len(texts) == 16 * 8
         assert sum(len(text) > 1 for text in texts) > len(texts) / 2
         assert ours(siri.steps[0], "siri")["budget_max"] == 1
+
+
+class TestEvolRl:
+    """Recipes evol_rl and clip_cov combined on two ranks, mode colocate_async: twelve votes, four trained on."""
+
+    @pytest.fixture(scope="class")
+    def both(self, out: Path) -> Training:
+        folder = out / "evol_rl_clip_cov"
+        return train(
+            "evol_rl+clip_cov",
+            folder,
+            *SHORT,
+            "trainer.v1.trainer_mode=colocate_async",
+            "trainer.n_gpus_per_node=2",
+            "trainer.total_training_steps=2",
+            f"trainer.rollout_data_dir={folder / 'rollouts'}",
+            "actor_rollout_ref.rollout.n=4",
+            "actor_rollout_ref.rollout.temperature=1.4",
+            "plugins.ttrl.n_votes=12",
+            "plugins.evol_rl.valid=answer_extracted",
+            "actor_rollout_ref.actor.clip_ratio_low=1.0",
+            "actor_rollout_ref.actor.clip_ratio_high=1.0",
+            "actor_rollout_ref.actor.entropy_coeff=0.003",
+            "plugins.clip_cov.clip_cov_ratio=0.05",
+        )
+
+    def test_trains(self, both: Training) -> None:
+        healthy(both, 2, on_policy=False)
+        for step in both.steps:
+            found = ours(step, "evol_rl")
+            assert found["majority_ratio"] == pytest.approx(ours(step, "ttrl")["mean_reward"], abs=1e-6)
+            assert 0.5 < found["valid_share"] <= 1 and 0 < found["similarity_mean"] < 1
+            assert ours(step, "clip_cov")["num_selected"] > 0
+
+    def test_the_side_gives_the_sign_and_novelty_the_size(self, both: Training) -> None:
+        scores = []
+        for file in (both.out / "rollouts").glob("*.jsonl"):
+            scores += [row["score"] for row in map(json.loads, file.read_text().splitlines())]
+        assert all(0.5 <= score <= 1 or -1 <= score <= -0.5 for score in scores)
+        assert len({round(score, 4) for score in scores}) > 6

@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, agg_loss
+from verl.utils import tensordict_utils as tu
 from verl.utils.metric import Metric
 from verl.workers.config import ActorConfig
 from verl.workers.utils.losses import ppo_loss
@@ -59,6 +60,7 @@ class PluginLoss:
     def _loss(
         self, model_output: dict[str, Tensor], data: TensorDict, dp_group: Any
     ) -> tuple[Tensor, dict[str, Metric]]:
+        data = _of_masked_tokens(data)
         self._data, self._tokens, entropy = data, None, model_output.get("entropy")
         self._entropy = None if entropy is None else no_padding_2_padding(entropy, data)
         loss, metrics = ppo_loss(config=self.config, model_output=model_output, data=data, dp_group=dp_group)
@@ -163,3 +165,17 @@ class PluginLoss:
             return
         for key, value in metrics.items():
             self._metrics.add(f"plugins/{owner}/{key}", value, reduce)
+
+
+def _of_masked_tokens(data: TensorDict) -> TensorDict:
+    """The micro-batch, in which only tokens of the loss mask count as generated.
+
+    verl divides by the mask's tokens but looks at all of the response. A mini-batch may have none.
+    """
+    if "loss_mask" not in data:
+        return data
+    masked = data.clone(recurse=False)
+    masked["response_mask"] = data["loss_mask"]
+    if (tokens := tu.get_non_tensor_data(data, "batch_num_tokens", default=None)) is not None:
+        tu.assign_non_tensor(masked, batch_num_tokens=max(int(tokens), 1))
+    return masked
