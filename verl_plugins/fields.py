@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from torch import Tensor
 
 from verl_plugins.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RESERVED = frozenset(
     ("prompts", "responses", "input_ids", "attention_mask", "position_ids", "response_mask", "rm_scores")
