@@ -25,7 +25,6 @@ from verl_plugins.errors import CompositionError, RunError
 
 Embed = Callable[[Sequence[str]], np.ndarray]
 
-KINDS = ("hashing", "folder", "http", "callable")
 WIDTH, LONGEST_GRAM = 1024, 3
 MULTIPLIER = np.uint32(2654435761)
 """Knuth's: spreads neighbouring numbers over the hash's range."""
@@ -38,7 +37,7 @@ def embedder(kind: str, source: str, long_text: str = "windows") -> Embed:
     """The function that embeds.
 
     Args:
-        kind: one of `KINDS`.
+        kind: `hashing`, `folder`, `http` or `callable`.
         source: the folder, the service's address, or `module:function`; "" for `hashing`.
         long_text: of texts longer than a model of a folder reads, all `windows` (their mean, by tokens) or the `tail`.
 

@@ -27,7 +27,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from verl_plugins import Batch, CompositionError, Groups, Plugin, Run, hookimpl, setting
-from verl_plugins.reward.embedding import KINDS, embedder
+from verl_plugins.reward.embedding import embedder
 
 ROUNDING = 1e-6
 """Novelties that differ by less are equal."""
@@ -110,10 +110,12 @@ class EvolRl(Plugin):
             "boxed_digit",
             "which responses are valid",
             authors="boxed_digit",
-            choices=(*VALID, "answer_extracted"),
+            choices=("boxed_digit", "boxed", "answer_extracted"),
         )
         answer: str = setting("answer", "part of the reward that holds the extracted answer, for `answer_extracted`")
-        embedder: str = setting("hashing", "what embeds texts", authors="http", choices=KINDS)
+        embedder: str = setting(
+            "hashing", "what embeds texts", authors="http", choices=("hashing", "folder", "http", "callable")
+        )
         source: str = setting("", "the embedder's folder, address or module:function")
         long_text: str = setting(
             "windows", "texts longer than a folder's model reads", authors="tail", choices=("windows", "tail")
