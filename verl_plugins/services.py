@@ -181,6 +181,12 @@ class Rollout:
     """What the reward function said besides the score."""
     outputs: Any
     """verl's own outputs of the session: opaque, published as they are."""
+    log_probs: list[float] = field(default_factory=list)
+    """Of each token of the response, as the rollout server reported; 0 where `mask` is."""
+    mask: list[int] = field(default_factory=list)
+    """Of each token of the response: 1 if the policy generated it in this session, 0 of a prefix or a tool."""
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Put here, values travel with the row: later stages read them with `batch.extra(name)`."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -31,16 +32,24 @@ def _trained(run: Run) -> Iterator[Mapping[str, Any]]:
 
 def level_accuracy(run: Run, level: int, last: bool = True) -> float | None:
     """Accuracy of sampled answers to held-out prompts of one level of the CPU task, in the last or first validation."""
-    found = validations(run)
-    if found.empty:
-        return None
-    right = [
-        row["acc"]
-        for row in _dumped(run, "validation", int(found.index[-1 if last else 0]))
-        if (asked := SUM.search(row["input"]))
-        and sum(int(digit) >= TaskSettings.large_from for digit in asked[0][:-1].split("+")) == level
-    ]
-    return statistics.fmean(right) if right else None
+    right = _of_level(run, level, last)
+    return statistics.fmean(itertools.chain(*right.values())) if right else None
+
+
+def level_solved(run: Run, level: int, last: bool = True) -> float | None:
+    """Share of these prompts of which any answer was right: pass@k of the k samples of a validation."""
+    right = _of_level(run, level, last)
+    return statistics.fmean(any(answers) for answers in right.values()) if right else None
+
+
+def _of_level(run: Run, level: int, last: bool) -> dict[str, list[float]]:
+    """Held-out prompt -> whether each of its answers was right."""
+    found, right = validations(run), {}
+    for row in _dumped(run, "validation", int(found.index[-1 if last else 0])) if len(found) else ():
+        asked = SUM.search(row["input"])
+        if asked and sum(int(digit) >= TaskSettings.large_from for digit in asked[0][:-1].split("+")) == level:
+            right.setdefault(asked[0], []).append(row["acc"])
+    return right
 
 
 def distinct(run: Run, first: int, last: int) -> float | None:

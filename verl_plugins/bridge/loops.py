@@ -171,15 +171,29 @@ def _within(self: AgentLoopBase, prompt_ids: list[int]) -> list[int]:
 
 @register(SINGLE_TURN)
 class SingleTurn(SingleTurnAgentLoop):
-    """verl's single-turn loop, with a text of the prompt's own behind the prompt."""
+    """verl's single-turn loop, with a text of the prompt's own behind the prompt, or the beginning of a response."""
 
     prefill = ""
+    prefix: Sequence[int] = ()
 
     async def ct_build_initial_tokens(self, *args: Any, **kwargs: Any) -> list[int]:
         ids = await super().ct_build_initial_tokens(*args, **kwargs)
-        if not self.prefill:
-            return ids
-        return self._cap_text_prompt_length(ids + self.tokenizer(self.prefill, add_special_tokens=False)["input_ids"])
+        if self.prefill:
+            begun = self.tokenizer(self.prefill, add_special_tokens=False)["input_ids"]
+            ids = self._cap_text_prompt_length(ids + begun)
+        return [*ids, *self.prefix]
+
+    async def run(self, *args: Any, **kwargs: Any) -> Any:
+        """What is continued belongs to the response, as tokens that the policy did not generate now."""
+        output = await super().run(*args, **kwargs)
+        if self.prefix:
+            count = len(self.prefix)
+            output.prompt_ids = output.prompt_ids[:-count]
+            output.response_ids = [*self.prefix, *output.response_ids]
+            output.response_mask = [0] * count + output.response_mask
+            if output.response_logprobs:
+                output.response_logprobs = [0.0] * count + output.response_logprobs
+        return output
 
 
 @register(TOOLS)

@@ -13,7 +13,7 @@ from verl_plugins import DataError
 from verl_plugins.bridge import rows as rows_module
 from verl_plugins.bridge.drawing import MOST_DRAWN, DrawsPrompts
 from verl_plugins.bridge.failures import Failures, explains
-from verl_plugins.bridge.rollout import _number
+from verl_plugins.bridge.group import _number
 from verl_plugins.bridge.rows import Publisher, RewardBatcher, Row
 from verl_plugins.errors import RunError
 

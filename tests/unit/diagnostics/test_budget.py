@@ -20,7 +20,9 @@ from verl_plugins import Batch, Plugin, hookimpl
 from verl_plugins.bridge import run as bridge_run
 from verl_plugins.bridge.defaults import WorkerDefaults
 from verl_plugins.bridge.failures import Executor, Failures
-from verl_plugins.bridge.rollout import PluginAgentLoopWorker, _Session
+from verl_plugins.bridge.group import Session
+from verl_plugins.bridge.late import Begun
+from verl_plugins.bridge.rollout import PluginAgentLoopWorker
 from verl_plugins.composition.manager import Plugins
 from verl_plugins.diagnostics.budget import ACCOUNT_FIELD, Account, rollout_budget
 from verl_plugins.services import Generated
@@ -63,7 +65,7 @@ class Worker(PluginAgentLoopWorker):
     """An agent-loop worker without its cluster; every response has two outputs, of the policy's tokens and a tool's."""
 
     def __init__(self, plugins: Plugins, failing: tuple[int, ...] = ()) -> None:
-        self.failures, self._threads = Failures(), Executor()
+        self.failures, self._threads, self._begun = Failures(), Executor(), Begun()
         rollout = {"n": N, "val_kwargs": {"n": N}, "seed": 0, "prompt_length": 64, "response_length": 64}
         self.config = OmegaConf.create({"actor_rollout_ref": {"rollout": rollout}, "data": {"max_response_length": 8}})
         self.rollout_config, self.tokenizer = self.config.actor_rollout_ref.rollout, FakeTokenizer()
@@ -71,9 +73,9 @@ class Worker(PluginAgentLoopWorker):
         self._has_group_control = plugins.implements("rollout_group")
         plugins.add_fallback(WorkerDefaults())
         self._publisher = self
-        self.published: list[_Session] = []
+        self.published: list[Session] = []
 
-    async def _run_agent_loop(self, sampling_params, trajectory, *, session_id, **columns) -> _Session:
+    async def _run_agent_loop(self, sampling_params, trajectory, *, session_id, **columns) -> Session:
         if session_id in self._failing:
             raise ValueError("this response fails")
         mask = [1] * TOKENS + [0] * TOOL
@@ -88,7 +90,7 @@ class Worker(PluginAgentLoopWorker):
             )
             for _ in range(2)
         ]
-        return _Session(outputs, {"session_id": session_id})
+        return Session(outputs, {"session_id": session_id})
 
     def single_turn(self) -> Any:
         async def generate(**request: Any) -> Any:
@@ -97,7 +99,7 @@ class Worker(PluginAgentLoopWorker):
         builder = SimpleNamespace(build_initial_tokens=lambda messages: [1])
         return SimpleNamespace(continuous_token_builder=builder, server_manager=SimpleNamespace(generate=generate))
 
-    async def _rows(self, sessions, validate) -> list[_Session]:
+    async def _rows(self, sessions, validate) -> list[Session]:
         return sessions
 
     async def publish(self, partition, rows, uid, status) -> None:
