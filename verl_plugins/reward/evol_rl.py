@@ -18,7 +18,6 @@ in its group keeps m. Where only one is valid the authors' code gives it -1 as w
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import pandas as pd
@@ -153,9 +152,7 @@ class EvolRl(Plugin):
         texts = pd.Series(batch.text, dtype=object).map(after_thinking)
         valid = last & self.valid(batch, texts)
         row = valid.nonzero()[:, 0]
-        begun = time.perf_counter()
         found = torch.from_numpy(self.embed(texts[row.numpy()].tolist()))
-        seconds = time.perf_counter() - begun
         embeddings = torch.zeros(len(batch), found.shape[1], dtype=torch.double).index_put((row,), found.double())
         u, similar = novelty(embeddings, agrees, valid, batch.groups)
         reward = banded(u, agrees, valid, groups, self.config.single_valid, self.config.min_spread)
@@ -166,7 +163,6 @@ class EvolRl(Plugin):
                 "majority_ratio": float(agrees[last].double().mean()),
                 "reward_mean": float(reward[last].mean()),
                 "reward_std": float(reward[last].std(correction=0)),
-                "embed_seconds": seconds,
             }
         )
         for name, values in (

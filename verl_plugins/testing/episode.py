@@ -234,11 +234,12 @@ class Episode:
             messages: list[dict[str, str]] | None = None,
             temperature: float | None = None,
             max_tokens: int | None = None,
+            prefix: Sequence[int] = (),
         ) -> list[Rollout]:
             nonlocal started
             numbers = range(started, started + (n or prompt.group_size or self._scenario.group_size))
             started = numbers.stop
-            return self._answers(run, prompt, place, numbers, max_tokens)
+            return self._answers(run, prompt, place, numbers, max_tokens, prefix)
 
         own = GroupRun(run, prompt.id)
         rollouts = self._watched("agent_loop", "rollout_group", run=own, prompt=prompt, sample=sample)
@@ -252,12 +253,21 @@ class Episode:
         return list(rollouts)
 
     def _answers(
-        self, run: FakeRun, prompt: Prompt, place: int, numbers: Iterable[int], max_tokens: int | None = None
+        self,
+        run: FakeRun,
+        prompt: Prompt,
+        place: int,
+        numbers: Iterable[int],
+        max_tokens: int | None = None,
+        prefix: Sequence[int] = (),
     ) -> list[Rollout]:
         """Responses by number, scored; those that fail are missing."""
-        budget = max_tokens or prompt.max_tokens
+        budget = max_tokens or (prompt.max_tokens or self._scenario.tokens) - len(prefix)
         numbers = [number for number in numbers if not self._fails(place, number)]
-        return [self._world.respond(prompt, place, run.step, number, budget, self._score) for number in numbers]
+        return [
+            self._world.respond(prompt, place, run.step, number, budget, self._score, list(prefix))
+            for number in numbers
+        ]
 
     def _fails(self, place: int, number: int) -> bool:
         """A response of the last group is missing, or all but its first."""

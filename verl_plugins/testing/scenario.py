@@ -245,11 +245,12 @@ class World:
         place: int,
         step: int,
         number: int,
-        budget: int | None,
+        budget: int,
         score: Callable[[Answer], Verdict | None],
+        prefix: list[int],
     ) -> Rollout:
-        """Response `number` to the prompt at `place` of the step's prompts, of at most `budget` tokens."""
-        size, budget = self.scenario.group_size, budget or self.scenario.tokens
+        """Response `number` to the prompt at `place` of the step, of at most `budget` tokens after the prefix."""
+        size = self.scenario.group_size
         rng = self.rng(step, prompt.id, number)
         right = place != 0 and (place == 1 or number % size < 1 + place % max(size - 1, 1))
         truth = prompt.row["reward_model"]["ground_truth"]
@@ -257,22 +258,31 @@ class World:
         ids = [*TOKENIZER(text)["input_ids"], TOKENIZER.eos_token_id]
         if place == 2 and number == size - 1:  # never ends
             right, ids = False, TOKENIZER("1" * budget)["input_ids"]
-        ids = ids[:budget]
+        ids = prefix + ids[:budget]
         answer = Answer(TOKENIZER.decode(ids), truth, prompt.row["data_source"], dict(prompt.row["extra_info"]))
         verdict = score(answer) or Verdict(self.scenario.scores[right], right, {"answer": answer.text.strip()})
         info = {**verdict.parts, "score": float(verdict.score), "acc": float(verdict.correct)}
-        mask = [1] * len(ids)
+        mask = [0] * len(prefix) + [1] * (len(ids) - len(prefix))
         if place == 3 and number == 0 and len(ids) > 1:
             mask[0] = 0
+        said = self._said(step, prompt.id, number, len(ids)) + self.rng(step, prompt.id, number, 2).normal(
+            0, 0.01, len(ids)
+        )
         return Rollout(
             text=answer.text,
             response_ids=ids,
             score=float(verdict.score),
             correct=bool(verdict.correct),
-            truncated=ids[-1] != TOKENIZER.eos_token_id and len(ids) == budget,
+            truncated=ids[-1] != TOKENIZER.eos_token_id and len(ids) == len(prefix) + budget,
             info=info,
             outputs={"prompt": prompt, "mask": mask, "number": number},
+            log_probs=[value * here for value, here in zip(said.tolist(), mask, strict=True)],
+            mask=mask,
         )
+
+    def _said(self, step: int, prompt: int, number: int, size: int) -> np.ndarray:
+        """[size] log-probs of a response's tokens under the policy before the update."""
+        return -self.rng(step, prompt, number, 1).exponential(1.0, size)
 
     def table(self, step: int, groups: Sequence[Sequence[Rollout]]) -> Table:
         """The scored rows of a step in the trainer's order: sorted by key."""
@@ -298,7 +308,7 @@ class World:
             "prompt_lengths": torch.tensor([len(row) for row in questions]),
             "rm_scores": _pad(rewards),
             "verdict": torch.tensor([float(rollout.correct) for rollout in rollouts]),
-            "extra_fields": [{"reward_extra_info": rollout.info} for rollout in rollouts],
+            "extra_fields": [{"reward_extra_info": rollout.info, **rollout.fields} for rollout in rollouts],
         }
         names = {name for prompt in prompts for name in prompt.row if name != "__rollout_n__"}
         columns |= {name: [prompt.row.get(name) for prompt in prompts] for name in sorted(names)}
@@ -309,14 +319,13 @@ class World:
         found: dict[str, list[Tensor]] = {}
         for rollout, prompt_length in zip(rollouts, prompt_lengths.tolist(), strict=True):
             size, place = len(rollout.response_ids), (rollout.outputs["prompt"].id, rollout.outputs["number"])
-            rng = self.rng(step, *place, 1)
-            old = -rng.exponential(1.0, size)
+            old, rng = self._said(step, *place, size), self.rng(step, *place, 3)
             values = {
                 "old_log_probs": old,
                 "log_probs": np.minimum(old + rng.normal(0, 0.3, size), -1e-3),
                 "entropy": rng.uniform(0.05, 2.0, size),
                 "current_entropy": rng.uniform(0.05, 2.0, size),
-                "rollout_log_probs": old + rng.normal(0, 0.01, size),
+                "rollout_log_probs": rollout.log_probs,
                 "ref_log_prob": np.minimum(old + rng.normal(0, 0.5, size), -1e-3),
                 "prompt_log_probs": -rng.exponential(1.0, prompt_length - 1),
             }

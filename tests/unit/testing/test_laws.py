@@ -25,8 +25,10 @@ PER_CALL = "as in the authors' code, means, counts and draws are per micro-batch
 LONE = {"lonely_group.estimate_advantage": "prompts are compared with each other, the lone response's as well"}
 LONE_QUANTILES = {"lonely_group.estimate_advantage": "tracked quantiles of earlier steps are compared with"}
 LONE_TERM = {"lonely_group.estimate_advantage": "the term that is added looks at the response alone"}
+LONE_SEGMENTS = {"lonely_group.estimate_advantage": "segments are compared with continuations of their own response"}
 TRUST_REGION = "as in the authors' code, the drift that is penalised is the mean of the micro-batch"
 SUMS_PER_ROW = Scenario(overrides={"actor_rollout_ref.actor.loss_agg_mode": "seq-mean-token-sum"})
+OF_GROUPS = Scenario(overrides={"algorithm.adv_estimator": "grpo"})
 WITH_BONUS = Scenario(overrides={"actor_rollout_ref.actor.entropy_coeff": 0.001})
 SOLVED = Scenario(
     columns={"extra_info": lambda prompt_id: {"solution": f"{prompt_id} and 7 more"}},
@@ -63,6 +65,15 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "vade": [{}, {"config": {"mode": "greedy", "score": "variance"}}, {"config": {"metric": "acc"}}],
     "reasoning_gym": [{"scenario": OF_THE_GYM}],
+    "evol_rl": [
+        {"config": {"anchor": "ground_truth", "valid": "answer_extracted"}},
+        {"config": {"anchor": "ground_truth", "valid": "answer_extracted", "single_valid": "band", "min_spread": 0.2}},
+    ],
+    "prob_mask": [{"scenario": OF_GROUPS, "config": {"rho": 0.5}}],
+    "spo_chain": [
+        {"config": {"interval": 1, "samples": 2}, "except_for": LONE_SEGMENTS},
+        {"config": {"interval": 2, "samples": 3, "whiten": "none", "rho": 0.5}, "except_for": LONE_SEGMENTS},
+    ],
     "mopps": [{}, {"config": {"strategy": "threshold", "pool_ratio": 2, "decay": 0.5}}, {"config": {"metric": "acc"}}],
     "clip_cov": [
         {
