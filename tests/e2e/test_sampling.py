@@ -268,3 +268,41 @@ class TestEvolRl:
             scores += [row["score"] for row in map(json.loads, file.read_text().splitlines())]
         assert all(0.5 <= score <= 1 or -1 <= score <= -0.5 for score in scores)
         assert len({round(score, 4) for score in scores}) > 6
+
+
+class TestSpoChain:
+    """Recipes vade and spo_chain combined on two ranks, mode colocate_async: prefixes are continued and thrown away."""
+
+    @pytest.fixture(scope="class")
+    def both(self, out: Path) -> Training:
+        folder = out / "vade_spo_chain"
+        return train(
+            "vade+spo_chain",
+            folder,
+            *SHORT,
+            "trainer.v1.trainer_mode=colocate_async",
+            "trainer.n_gpus_per_node=2",
+            "trainer.total_training_steps=2",
+            f"trainer.rollout_data_dir={folder / 'rollouts'}",
+            "actor_rollout_ref.rollout.n=4",
+            "plugins.spo_chain.interval=1",
+            "plugins.spo_chain.samples=3",
+        )
+
+    def test_trains(self, both: Training) -> None:
+        healthy(both, 2, on_policy=False)
+        for step in both.steps:
+            found = ours(step, "spo_chain")
+            assert 0 < found["adv_nonzero_frac"] < 1 and found["segment_advantage_abs"] > 0
+            assert 0 < found["mc_value_mean"] < 1 and 0 < found["mc_unique_frac"] < 1
+            assert step["health/groups_off_size"] == 0
+
+    def test_what_is_thrown_away_is_counted(self, both: Training) -> None:
+        for step in both.steps:
+            kept = step["response_length/mean"] * 4 * PROMPTS
+            extra = ours(step, "spo_chain")["extra_tokens_per_response"] * 4 * PROMPTS
+            assert extra > 0 and step["rollout/tokens"] == pytest.approx(kept + extra, abs=1)
+
+    def test_sure_tokens_are_not_trained_on(self, both: Training) -> None:
+        for step in both.steps:
+            assert 0.1 < ours(step, "prob_mask")["masked_out"] < 0.9
