@@ -20,6 +20,7 @@ SETTINGS = (
     "actor_rollout_ref.actor.ppo_epochs=2",
     "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=512",
     "actor_rollout_ref.actor.entropy_coeff=0.001",
+    "+plugins.perp_grad={}",
 )
 
 
@@ -40,6 +41,14 @@ def test_loss_and_gradient_are_those_of_one_rank(one: Training, two: Training, t
     alone, shared = one.steps[turn], two.steps[turn]
     for key in ("actor/loss", "actor/grad_norm", "actor/entropy", "health/reward", "health/generated_tokens"):
         assert shared[key] == pytest.approx(alone[key], rel=1e-4, abs=1e-4), key
+
+
+def test_gradients_split_over_ranks_are_projected_as_on_one(one: Training, two: Training) -> None:
+    for alone, shared in zip(one.steps, two.steps, strict=False):
+        a, b = ours(alone, "perp_grad"), ours(shared, "perp_grad")
+        assert b["cos_w_g_max_abs"] > 0
+        for key in ("cos_w_g_mean", "cos_w_g_max_abs", "removed_norm_share"):
+            assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-5), key
 
 
 def test_each_has_its_turn(two: Training) -> None:

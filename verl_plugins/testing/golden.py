@@ -96,9 +96,17 @@ def _difference(key: str, found: Any, expected: Any, rtol: float, atol: float) -
 
 
 def _parts(value: Any) -> Mapping[Any, Any]:
-    """A mapping, or the rows of a list that differ in length or are mappings, by number; empty for one array."""
+    """A mapping, or the rows of a list that differ in shape or are mappings, by number; empty for one array."""
     if isinstance(value, Mapping):
         return value
     rows = value if isinstance(value, list) else []
-    ragged = len({len(row) if isinstance(row, list) else None for row in rows}) > 1
+    ragged = len({_shape(row) for row in rows}) > 1 or any(_shape(row) is None for row in rows)
     return dict(enumerate(rows)) if ragged or any(isinstance(row, Mapping) for row in rows) else {}
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """Of a list that is one array; None of one that is not."""
+    if not isinstance(value, list):
+        return ()
+    shapes = {_shape(row) for row in value}
+    return (len(value), *shapes.pop()) if len(shapes) == 1 and None not in shapes else None if shapes else (0,)
