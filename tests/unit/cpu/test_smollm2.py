@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import models
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from jinja2 import Template
@@ -114,3 +115,92 @@ def test_the_template_has_roles_and_no_system_message() -> None:
         messages=[{"role": "user", "content": "What is 1 + 1?"}], add_generation_prompt=True
     )
     assert said == "<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n<|im_start|>assistant\n"
+
+
+class TestConversion:
+    """A file of the same kind as SmolLM2's, with the same wrong special tokens, and tiny."""
+
+    HIDDEN, INNER, LAYERS, HEADS = 64, 96, 2, 2
+
+    @pytest.fixture(scope="class")
+    def made(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("gguf")
+        given = self.write(folder / "tiny.gguf")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(smollm2, "_gguf", lambda scratch: folder / "tiny.gguf")
+            smollm2.write_model(folder / "model")
+        return folder / "model", given
+
+    def write(self, path: Path) -> dict[str, np.ndarray]:
+        gguf = pytest.importorskip("gguf")
+        from tokenizers.pre_tokenizers import ByteLevel
+
+        rng, writer, tensors = np.random.default_rng(0), gguf.GGUFWriter(str(path), "llama"), {}
+        tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "Ġa"]
+        writer.add_context_length(128)
+        writer.add_embedding_length(self.HIDDEN)
+        writer.add_block_count(self.LAYERS)
+        writer.add_feed_forward_length(self.INNER)
+        writer.add_head_count(self.HEADS)
+        writer.add_head_count_kv(self.HEADS)
+        writer.add_layer_norm_rms_eps(1e-5)
+        writer.add_rope_freq_base(10000.0)
+        writer.add_vocab_size(len(tokens))
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(tokens)
+        writer.add_token_types([3] * 3 + [1] * (len(tokens) - 3))
+        writer.add_token_merges(["Ġ a"])
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(0)
+        writer.add_pad_token_id(2)
+        writer.add_chat_template("{{ 'You are a helpful AI assistant' }}")
+        square, wide = (self.HIDDEN, self.HIDDEN), (self.INNER, self.HIDDEN)
+        block = {f"attn_{name}": square for name in ("q", "k", "v", "output")}
+        block |= {
+            "ffn_gate": wide,
+            "ffn_up": wide,
+            "ffn_down": wide[::-1],
+            "attn_norm": (self.HIDDEN,),
+            "ffn_norm": (self.HIDDEN,),
+        }
+        shapes = {f"blk.{layer}.{name}": shape for layer in range(self.LAYERS) for name, shape in block.items()}
+        for name, shape in (shapes | {"token_embd": (len(tokens), self.HIDDEN), "output_norm": (self.HIDDEN,)}).items():
+            tensors[name] = rng.normal(0, 0.05, shape).astype(np.float32)
+            writer.add_tensor(f"{name}.weight", tensors[name])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return tensors
+
+    def test_special_tokens_are_those_it_was_trained_with(self, made):
+        from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+        tokenizer = AutoTokenizer.from_pretrained(made[0])
+        assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
+        for config in (AutoConfig.from_pretrained(made[0]), GenerationConfig.from_pretrained(made[0])):
+            assert (config.eos_token_id, config.pad_token_id) == (2, 0)
+        assert len(tokenizer.encode("\n")) == 1
+
+    def test_no_system_message_is_put_before_the_question(self, made):
+        from transformers import AutoTokenizer
+
+        asked = [{"role": "user", "content": "1+1"}]
+        text = AutoTokenizer.from_pretrained(made[0]).apply_chat_template(
+            asked, add_generation_prompt=True, tokenize=False
+        )
+        assert text == "<|im_start|>user\n1+1<|im_end|>\n<|im_start|>assistant\n"
+
+    def test_weights_are_those_of_the_file(self, made):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        folder, given = made
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        for ours, theirs in (
+            (model.model.embed_tokens.weight, given["token_embd"]),
+            (model.model.layers[1].mlp.down_proj.weight, given["blk.1.ffn_down"]),
+            (model.model.layers[0].self_attn.v_proj.weight, given["blk.0.attn_v"]),
+        ):
+            assert torch.equal(ours.bfloat16(), torch.from_numpy(theirs).bfloat16())
