@@ -136,7 +136,7 @@ class TestConversion:
         from tokenizers.pre_tokenizers import ByteLevel
 
         rng, writer, tensors = np.random.default_rng(0), gguf.GGUFWriter(str(path), "llama"), {}
-        tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "Ġa"]
+        tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "Ġa", "Ġb"]
         writer.add_context_length(128)
         writer.add_embedding_length(self.HIDDEN)
         writer.add_block_count(self.LAYERS)
@@ -149,7 +149,7 @@ class TestConversion:
         writer.add_tokenizer_model("gpt2")
         writer.add_token_list(tokens)
         writer.add_token_types([3] * 3 + [1] * (len(tokens) - 3))
-        writer.add_token_merges(["Ġ a"])
+        writer.add_token_merges(["Ġ a", "Ġ b"])
         writer.add_bos_token_id(1)
         writer.add_eos_token_id(0)
         writer.add_pad_token_id(2)
