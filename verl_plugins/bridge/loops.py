@@ -24,6 +24,8 @@ SINGLE_TURN, TOOLS = "single_turn_agent", "tool_agent"
 """verl's names of its two loops."""
 CUT_OFF = "truncated"
 """In an output's extra fields: what the agent loop itself says of its end; it is believed."""
+TURN_ENDS = "turn_ends"
+"""In an output's extra fields: places of the last generated token of each of the policy's turns."""
 CUT, STOPPED = ("length", "aborted", "abort"), ("stop",)
 """Stop reasons that tell how a generation ended; the others (`completed`, none) do not."""
 
@@ -204,6 +206,8 @@ class ToolLoop(ToolAgentLoop):
         output = await super().run(*args, **kwargs)
         if not output.response_mask:
             output.response_ids = []  # verl takes the last 0 tokens of the prompt, which are all of them
+        ends = output.extra_fields.pop(TURN_ENDS, [])
+        output.extra_fields[TURN_ENDS] = sorted({min(end, len(output.response_mask) - 1) for end in ends})
         return output
 
     async def _call_tool(self, *args: Any, **kwargs: Any) -> Any:
@@ -217,6 +221,8 @@ class ToolLoop(ToolAgentLoop):
 
     async def _handle_generating_state(self, agent_data: Any, *args: Any, **kwargs: Any) -> AgentState:
         state = await super()._handle_generating_state(agent_data, *args, **kwargs)
+        if agent_data.response_mask:
+            agent_data.extra_fields.setdefault(TURN_ENDS, []).append(len(agent_data.response_mask) - 1)
         if state is AgentState.TERMINATED and await self._asks_for_tools(agent_data):
             agent_data.extra_fields[CUT_OFF] = True
         return state

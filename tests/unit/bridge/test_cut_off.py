@@ -134,6 +134,34 @@ class TestTools:
         assert len(servers.asked) == GROUP * len(turns) or expected
 
 
+class TestTurns:
+    """The loop with tools says where each turn of the policy ends, also where a tool says nothing."""
+
+    @pytest.mark.parametrize("much", [1, 0], ids=["the tool answers", "the tool says nothing"])
+    def test_ends_of_turns(self, agents, much) -> None:
+        call = CALL.replace("{}", f'{{"much": {much}}}')
+        turns = [ids(call), ids("23")]
+        long = ("data.max_prompt_length=64", "data.max_response_length=300")
+        servers = Servers(lambda prompt_ids, _: answer(turns[list(prompt_ids).count(EOS)]))
+        worker = agents.worker(servers, *long, "actor_rollout_ref.rollout.max_model_len=364")
+        worker.tools = TOOL
+        assert not truncated(agents, worker, agent_name=TOOLS)
+        for row in agents.queue.rows.values():
+            first, last = row["extra_fields"]["turn_ends"]
+            assert first == len(turns[0]) - 1 and last == len(row["response_mask"]) - 1
+            assert row["response_mask"][first] == row["response_mask"][last] == 1
+
+    def test_of_what_was_cut_only_what_is_there(self, agents) -> None:
+        turns = [ids(CALL), ids("2" * 200)]
+        long = ("data.max_prompt_length=64", "data.max_response_length=200")
+        servers = Servers(lambda prompt_ids, _: answer(turns[list(prompt_ids).count(EOS)]))
+        worker = agents.worker(servers, *long, "actor_rollout_ref.rollout.max_model_len=264")
+        worker.tools = TOOL
+        assert truncated(agents, worker, agent_name=TOOLS)
+        for row in agents.queue.rows.values():
+            assert row["extra_fields"]["turn_ends"][-1] == len(row["response_mask"]) - 1 == 199
+
+
 class TestOtherLoops:
     """An agent loop of somebody else's says how it ended, or is asked what the servers said."""
 
