@@ -76,6 +76,9 @@ class Storing(RuleBasedStateMachine):
     def agrees(self):
         kept = {number: (*key, step) for key, entries in self.model.items() for number, step in entries}
         assert self.store.facts["number"].tolist() == sorted(kept)
+        for number in set(range(self.stored)) - set(kept):
+            with pytest.raises(KeyError):  # no memory is held for it
+                self.store[number]
         facts = self.store.facts
         for place, number in enumerate(sorted(kept)):
             prompt, right, step = kept[number]
