@@ -120,9 +120,14 @@ class TestRanking:
         assert stable[order].tolist() == pytest.approx([0.5 * (1 - k / (n - 1)) for k in range(n)])
 
     def test_one_alone(self):
-        alone, s = Groups(["a", "b", "b"], counted=torch.tensor([True, False, True])), torch.zeros(3)
-        assert ranking_reward(s, alone, 0.5).tolist() == [0, 0, 0]
-        assert ranking_reward(s, alone, 0.5, singleton="max").tolist() == [0.5, 0, 0.5]
+        alone, s = Groups(["a", "b", "b", "c"], counted=torch.tensor([True, False, True, False])), torch.zeros(4)
+        assert ranking_reward(s, alone, 0.5).tolist() == [0, 0, 0, 0]
+        assert ranking_reward(s, alone, 0.5, singleton="max").tolist() == [0.5, 0, 0.5, 0]
+
+    def test_an_empty_response_has_no_entropy(self):
+        mask = torch.tensor([[True, True], [False, False]])
+        peak, mean = structural_entropy(torch.tensor([[3.0, 1.0], [9.0, 9.0]]), mask, 0.5)
+        assert (peak.tolist(), mean.tolist()) == ([3, 0], [2, 0])
 
     @pytest.mark.parametrize(
         ("groups", "tied", "peak"),
