@@ -119,6 +119,7 @@ class TestLoss:
         given["response_mask"] = torch.zeros_like(given["response_mask"])
         given[REFERENCE] = torch.zeros_like(given[REFERENCE])
         total = losses_of(method(**BAND, smooth_form=form, smooth_mode=mode), tokens_of(given, logged))
+        assert total.isfinite().all()
         assert agg_loss(total, given["response_mask"], "token-mean", batch_num_tokens=1) == 0
         assert "penalty" not in logged
 
