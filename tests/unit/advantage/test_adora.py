@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from verl_plugins import Batch, CompositionError, DataError
-from verl_plugins.advantage.adora import Adora
+from verl_plugins.advantage.adora import Adora, Lengths, is_advantageous
 from verl_plugins.advantage.grpo import Grpo
 from verl_plugins.advantage.mc_grpo import McGrpo
 from verl_plugins.composition.manager import Plugins
@@ -235,3 +235,8 @@ def test_metrics():
             "truncated_failures": 0.25,
         }
     )
+
+
+def test_by_the_papers_rule_a_prompt_that_is_mostly_solved_weighs_no_more():
+    longer = Lengths(torch.full((3,), 9.0), torch.full((3,), 4.0), torch.tensor([0.25, 0.5, 0.75]))
+    assert is_advantageous(longer, "paper_llm").tolist() == [True, True, False]
