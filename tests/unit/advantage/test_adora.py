@@ -218,7 +218,7 @@ class TestRefusals:
 def test_metrics():
     run = FakeRun()
     uid = [f"{prompt}-1-0" for prompt in (1, 1, 1, 2, 2, 3, 3)]
-    batch = batch_of(uid, [1, 0, 0, 1, 1, 0, 0], [6, 2, BUDGET, 3, 4, 2, 4])
+    batch = batch_of(uid, [1, 0, 0, 1, 1, 0, 0], [6, 2, BUDGET, 3, 4, 2, 5])
     advantages = torch.zeros(7, BUDGET)
     advantages[:3, 1] = torch.tensor([1.0, -0.5, -0.5])
     weigh(batch, run, advantages)
@@ -231,7 +231,7 @@ def test_metrics():
             "frac_no_success": 1 / 3,
             "frac_no_failure": 1 / 3,
             "max_success_len_mean": 5.0,
-            "mean_fail_len_mean": 2.5,
+            "mean_fail_len_mean": 2.75,
             "truncated_failures": 0.25,
         }
     )

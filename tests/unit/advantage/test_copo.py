@@ -294,11 +294,11 @@ class TestTwoLosses:
     def test_both_losses_are_logged(self, count):
         """Means over the tokens: with the policy where it was, minus the advantages."""
         logged, mask = {}, (torch.arange(24) < count).view(self.ROWS, self.WIDTH)
-        extra = {GLOBAL: torch.full((self.ROWS,), 3.0), WEIGHT: torch.full((self.ROWS,), 0.5)}
+        extra = {GLOBAL: torch.full((self.ROWS,), 3.25), WEIGHT: torch.full((self.ROWS,), 0.5)}
         log = lambda owner, metrics, reduce: logged.update(metrics)  # noqa: E731
-        fields = {"advantages": torch.full((self.ROWS, self.WIDTH), 2.0), "response_mask": mask}
+        fields = {"advantages": torch.full((self.ROWS, self.WIDTH), 2.5), "response_mask": mask}
         self.loss(method(form="two_losses"), self.tokens(0.0, **fields, extra=extra.get, log=log))
-        assert (logged["local_loss"], logged["global_loss"]) == pytest.approx((-2, -3))
+        assert (logged["local_loss"], logged["global_loss"]) == pytest.approx((-2.5, -3.25))
 
     def test_a_micro_batch_of_padding_rows(self):
         logged, empty = {}, torch.zeros(self.ROWS, self.WIDTH)

@@ -98,11 +98,12 @@ class TestBelief:
 
     def test_how_well_it_predicts_is_told_of_the_success_rates(self):
         """Much evidence is no high rate."""
-        plugin, run = method(), FakeRun(dataset=FakeDataset(2))
-        plugin._prepare(2)
-        plugin.right[:], plugin.wrong[:] = [9, 10], [1, 90]
-        plugin.observe(run, make_batch((0, [1, 1]), (1, [0, 0])))
-        assert run.metrics["predicted_vs_observed_corr"] == pytest.approx(1)
+        plugin, run = method(), FakeRun(dataset=FakeDataset(3))
+        plugin._prepare(3)
+        plugin.right[:], plugin.wrong[:] = [9, 10, 3], [1, 90, 3]
+        plugin.observe(run, make_batch((0, [1, 1]), (1, [0, 0]), (2, [1, 0])))
+        expected = np.corrcoef([10 / 12, 11 / 102, 4 / 8], [1, 0, 0.5])[0, 1]
+        assert run.metrics["predicted_vs_observed_corr"] == pytest.approx(expected)
 
     def test_foreign_prompt(self):
         with pytest.raises(DataError, match="mopps: prompt ids 3 to 3 are not all among the 3"):

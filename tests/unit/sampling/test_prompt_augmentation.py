@@ -204,13 +204,14 @@ class TestDraw:
             method(templates=(str(path),), validation="none").prepare_prompts(run, prompts_of(1))
         sentence(error.value, "'<x>'", "'a'", "special token")
 
-    def test_other_agent_loops_are_refused(self, short, sentence):
+    @pytest.mark.parametrize("name", ["tool_agent", "a_loop"])
+    def test_other_agent_loops_are_refused(self, short, sentence, name):
         plugin, prompts = method(templates=(short,), validation="dots"), prompts_of(2)
-        prompts[1].row["agent_name"] = "tool_agent"
+        prompts[1].row["agent_name"] = name
         for stage in (plugin.prepare_prompts, plugin.prepare_validation):
             with pytest.raises(DataError) as error:
                 stage(run_of(), prompts)
-            sentence(error.value, "prompt 1", "'tool_agent'", "'single_turn_agent'")
+            sentence(error.value, "prompt 1", repr(name), "'single_turn_agent'")
 
     @pytest.mark.parametrize("other", ["ttrl", "siri", "r3"])
     def test_the_format_comes_on_top(self, other):
