@@ -75,6 +75,7 @@ class TestAgainstPlainPython:
         torch.testing.assert_close(mean, torch.tensor(means, dtype=torch.float64), rtol=1e-9, atol=1e-7)
         torch.testing.assert_close(std, torch.tensor(stds, dtype=torch.float64), rtol=1e-9, atol=1e-7)
         assert torch.equal(groups.std(values, unbiased), std)
+        assert torch.equal(groups.moments(values)[1], groups.std(values, unbiased=True))
 
     @FEW
     @given(grouped())

@@ -76,6 +76,9 @@ class Storing(RuleBasedStateMachine):
     def agrees(self):
         kept = {number: (*key, step) for key, entries in self.model.items() for number, step in entries}
         assert self.store.facts["number"].tolist() == sorted(kept)
+        for number in set(range(self.stored)) - set(kept):
+            with pytest.raises(KeyError):  # no memory is held for it
+                self.store[number]
         facts = self.store.facts
         for place, number in enumerate(sorted(kept)):
             prompt, right, step = kept[number]
@@ -111,10 +114,18 @@ def test_numbers_go_on_after_a_restart():
     assert other.facts["number"].tolist() == [2, 3] and other.facts["correct"].tolist() == [True, False]
 
 
-def test_a_damaged_state_is_refused():
+@pytest.mark.parametrize(
+    ("part", "kept", "told"),
+    [
+        ("tokens", 2, "2 tokens and 3 log-probs are saved, 3 belong to its 1 responses"),
+        ("log_probs", 2, "3 tokens and 2 log-probs are saved, 3 belong to its 1 responses"),
+        ("length", 0, "3 tokens and 3 log-probs are saved, 0 belong to its 0 responses"),
+    ],
+)
+def test_a_damaged_state_is_refused(part, kept, told):
     store = ReplayStore(2)
     store.add(1, np.array([0]), np.array([True]), np.array([1.0]), [entry(2)])
     state = store.state_dict()
-    state["tokens"] = state["tokens"][:-1]
-    with pytest.raises(StateError, match="2 tokens and 3 log-probs are saved, 3 belong to its 1 responses"):
+    state[part] = state[part][:kept]
+    with pytest.raises(StateError, match=told):
         ReplayStore(2).load_state_dict(state)

@@ -149,7 +149,7 @@ class EntropyLaw(Plugin):
             return
         headroom = law.ceiling - self._score[-1]
         run.log({"ceiling": law.ceiling, "headroom": headroom})
-        if headroom < self.config.warn_headroom and not self._warned:
+        if max(headroom, 0) < self.config.warn_headroom and not self._warned:
             self._warned = True
             logging.getLogger(__name__).warning(
                 f"the entropy law leaves a headroom of {headroom:.4f}: as long as entropy only falls, the validation "

@@ -256,3 +256,18 @@ def test_the_codes_epsilon_is_added():
     rare = torch.tensor([1e-12], dtype=torch.float64)
     found = attention_shift(rare, 1.0, variant="code")
     assert float(found) == pytest.approx(0.5 / (1e-6 + 1e-6), rel=1e-6)
+    common = attention_shift(1 - rare, 0.0, variant="code")
+    assert float(common) == pytest.approx(0.5 / (1e-6 + 5e-13), rel=1e-6)
+
+
+def test_epsilon_is_added_to_the_std():
+    plain = {"sample_level": "none", "group_level": "none"}
+    found = estimate(*groups_of([1, 0]), epsilon=1.0, **plain).tolist()
+    assert found == pytest.approx([0.5 / (0.5**0.5 + 1), -0.5 / (0.5**0.5 + 1)])
+
+
+def test_shares_of_solved_and_unsolved_prompts_and_of_little_weight():
+    run = FakeRun()
+    estimate(*groups_of([1, 1], [1, 1], [0, 0], [1, 0]), run, sample_level="none", group_level="none", scale="none")
+    assert (run.metrics["frac_solved_all"], run.metrics["frac_solved_none"]) == (0.5, 0.25)
+    assert (run.metrics["positive_weight"], run.metrics["positive_share"]) == (0.5, 0.5)

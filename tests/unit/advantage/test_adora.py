@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from verl_plugins import Batch, CompositionError, DataError
-from verl_plugins.advantage.adora import Adora
+from verl_plugins.advantage.adora import Adora, Lengths, is_advantageous
 from verl_plugins.advantage.grpo import Grpo
 from verl_plugins.advantage.mc_grpo import McGrpo
 from verl_plugins.composition.manager import Plugins
@@ -218,7 +218,7 @@ class TestRefusals:
 def test_metrics():
     run = FakeRun()
     uid = [f"{prompt}-1-0" for prompt in (1, 1, 1, 2, 2, 3, 3)]
-    batch = batch_of(uid, [1, 0, 0, 1, 1, 0, 0], [6, 2, BUDGET, 3, 4, 2, 4])
+    batch = batch_of(uid, [1, 0, 0, 1, 1, 0, 0], [6, 2, BUDGET, 3, 4, 2, 5])
     advantages = torch.zeros(7, BUDGET)
     advantages[:3, 1] = torch.tensor([1.0, -0.5, -0.5])
     weigh(batch, run, advantages)
@@ -231,7 +231,12 @@ def test_metrics():
             "frac_no_success": 1 / 3,
             "frac_no_failure": 1 / 3,
             "max_success_len_mean": 5.0,
-            "mean_fail_len_mean": 2.5,
+            "mean_fail_len_mean": 2.75,
             "truncated_failures": 0.25,
         }
     )
+
+
+def test_by_the_papers_rule_a_prompt_that_is_mostly_solved_weighs_no_more():
+    longer = Lengths(torch.full((3,), 9.0), torch.full((3,), 4.0), torch.tensor([0.25, 0.5, 0.75]))
+    assert is_advantageous(longer, "paper_llm").tolist() == [True, True, False]

@@ -254,7 +254,8 @@ def test_metrics():
     assert (run.metrics["frac_p0"], run.metrics["frac_p1"]) == (0, pytest.approx(0.2))
     assert run.metrics["weight_min"] < run.metrics["weight_mean"] < run.metrics["weight_max"] < 1e3
     assert run.metrics["fallback"] == 0
-    assert 0 < run.metrics["advantage_var"] < 1
+    estimate(*groups_of([1, 0], [0, 1]), run)  # equal rates: advantages of a half and minus a half
+    assert run.metrics["advantage_var"] == pytest.approx(0.25)
 
 
 class TestRounding:

@@ -84,6 +84,10 @@ class TestEntropy:
             entropy_of("aaab"), abs=1e-9
         )
 
+    def test_the_same_answer_to_another_prompt_is_another(self):
+        found = answer_entropy(number_answers(["x", "y", "z", "x"]), Groups(["a", "a", "b", "c"]))
+        assert found.tolist() == pytest.approx([1, 1, 0, 0], abs=1e-6)
+
     def test_numbers_and_texts(self):
         assert number_answers([1.0, "1.0", 2, " 2 ", None, float("nan")]).tolist() == [0, 0, 1, 1, -1, -1]
 
@@ -127,6 +131,7 @@ class TestGlobal:
         entropy = torch.tensor([2.0] * 4 + [0.0], dtype=torch.float64)
         assert prompt_return(mean, entropy, groups, True).tolist() == [0.125] * 4 + [1.0], "all differ: 1/n is left"
         assert torch.equal(prompt_return(mean, entropy, groups), mean)
+        assert prompt_return(mean[:2], torch.ones(2), Groups(["a"] * 2), True).tolist() == [0.25] * 2
 
 
 class TestAdvantage:
@@ -223,7 +228,7 @@ class TestTwoLosses:
         generator = torch.Generator().manual_seed(seed)
         random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
         old = -random(self.ROWS, self.WIDTH).abs()
-        config = SimpleNamespace(clip_ratio=0.2, clip_ratio_low=0.2, clip_ratio_high=0.3, clip_ratio_c=3.0)
+        config = SimpleNamespace(clip_ratio=0.5, clip_ratio_low=0.2, clip_ratio_high=0.3, clip_ratio_c=3.0)
         config.get = lambda name, default=None: getattr(config, name, default)
         return Tokens(
             **{
@@ -276,6 +281,24 @@ class TestTwoLosses:
         expected = min(expected, 3.0) if advantage < 0 else expected
         found = self.loss(method(form="two_losses"), tokens)
         assert found.flatten().tolist() == pytest.approx([expected] * found.numel())
+
+    @pytest.mark.parametrize(("advantage", "moved", "expected"), [(-1.0, -9.0, 0.5), (1.0, 9.0, -1.5)])
+    def test_without_ends_of_its_own_the_clip_range_is_symmetric(self, advantage, moved, expected):
+        given = self.tokens(0.0, extra={GLOBAL: torch.full((6,), advantage), WEIGHT: torch.zeros(6)}.__getitem__)
+        given.log_probs = (given.old_log_probs + moved).requires_grad_()
+        given.config.clip_ratio_low = given.config.clip_ratio_high = None
+        found = self.loss(method(form="two_losses"), given)
+        assert found.flatten().tolist() == pytest.approx([expected] * found.numel())
+
+    @pytest.mark.parametrize("count", [1, 3, 24])
+    def test_both_losses_are_logged(self, count):
+        """Means over the tokens: with the policy where it was, minus the advantages."""
+        logged, mask = {}, (torch.arange(24) < count).view(self.ROWS, self.WIDTH)
+        extra = {GLOBAL: torch.full((self.ROWS,), 3.25), WEIGHT: torch.full((self.ROWS,), 0.5)}
+        log = lambda owner, metrics, reduce: logged.update(metrics)  # noqa: E731
+        fields = {"advantages": torch.full((self.ROWS, self.WIDTH), 2.5), "response_mask": mask}
+        self.loss(method(form="two_losses"), self.tokens(0.0, **fields, extra=extra.get, log=log))
+        assert (logged["local_loss"], logged["global_loss"]) == pytest.approx((-2.5, -3.25))
 
     def test_a_micro_batch_of_padding_rows(self):
         logged, empty = {}, torch.zeros(self.ROWS, self.WIDTH)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from verl_plugins import Batch, CompositionError, DataError
-from verl_plugins.advantage.mc_grpo import McGrpo
+from verl_plugins.advantage.mc_grpo import McGrpo, median_advantage
 
 FEW = settings(max_examples=50, deadline=None)
 
@@ -81,6 +81,10 @@ class TestAdvantage:
         assert estimate(["1-1-0"] * 4, scores)[3] == pytest.approx(4 / 1.001)
         assert estimate(["1-1-0"] * 4, scores, scale="none")[3] == 4
         assert estimate(["1-1-0"] * 4, scores, scale="std")[3] == pytest.approx(4 / ((14 / 3) ** 0.5 + 1e-3))
+
+    def test_a_thousandth_is_added_to_the_scale(self):
+        given = (torch.tensor(value) for value in ([3.0, 0.0], [1.0, 1.0], [1.0, 0.0]))
+        assert median_advantage(*given).tolist() == pytest.approx([2 / 1.001, -1000])
 
     def test_padding_width(self):
         uid, scores = ["1-1-0"] * 3, [1.0, 0.0, 0.5]
@@ -162,7 +166,8 @@ class TestCheck:
         sentence(error.value, names)
 
     @pytest.mark.parametrize(
-        "config", [OmegaConf.create({}), composed(), composed(3, 4, 8), composed(micro=5, dynamic=True)]
+        "config",
+        [OmegaConf.create({}), composed(), composed(3, 4, 8), composed(4, 8, 3), composed(micro=5, dynamic=True)],
     )
     def test_possible(self, config):
         method().check(config)

@@ -98,6 +98,12 @@ class TestConfidence:
         found = confidence(log_probs, torch.ones_like(log_probs).bool(), share)
         assert found.tolist() == pytest.approx(expected)
 
+    def test_many_long_responses(self):
+        """So many that one which is not sorted right stands out."""
+        log_probs = -torch.rand(600, 1000, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        found = confidence(log_probs, torch.ones_like(log_probs).bool(), 0.3)
+        torch.testing.assert_close(found, log_probs.sort(1).values[:, :300].mean(1).exp(), rtol=1e-9, atol=0)
+
     def test_impossible_tokens_and_empty_rows(self):
         log_probs = torch.tensor([[-torch.inf, -1.0], [-1.0, -1.0]])
         mask = torch.tensor([[True, True], [False, False]])
@@ -213,6 +219,17 @@ class TestAdvantage:
         assert found["shift_abs_max"] == pytest.approx(1.5)
         assert found["active_groups"] == 0.5
         assert found["sign_changes"] == 0.25, "0.71 - 1.5 of the right one"
+
+
+def test_an_advantage_that_is_taken_back_to_0_has_no_other_sign():
+    fields = {"old_log_probs": torch.full((2, 4), -1e4), "prompt_log_probs": torch.zeros(2, PROMPT)}
+    batch, run = with_log_probs(["1-1-0"] * 2, [1.0, 1.0], **fields), FakeRun()  # confidences of 1 and 0
+    stage = ProGrpo(ProGrpo.Config(alpha=0.25)).estimate_advantage(run, batch)
+    next(stage)
+    with pytest.raises(StopIteration) as end:
+        stage.send(batch.to_tokens(torch.tensor([-0.25, -0.125])))
+    assert end.value.value[:, 0].tolist() == [0, 0.125]
+    assert run.metrics["sign_changes"] == 0.5
 
 
 def test_bypass_mode_is_refused(sentence):

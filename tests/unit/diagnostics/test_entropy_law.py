@@ -10,12 +10,13 @@ import torch
 from fakes import FakeRun
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from verl_plugins import Batch, CompositionError, DataError
 from verl_plugins.composition import needs
 from verl_plugins.composition.compose import compose
-from verl_plugins.diagnostics.entropy_law import PICTURE, EntropyLaw, fit, response_entropy
+from verl_plugins.diagnostics.entropy_law import NARROW, PICTURE, EntropyLaw, draw, fit, response_entropy
 
 FEW = settings(max_examples=60, deadline=None)
 SCORE = "val-core/arithmetic/acc/mean@8"
@@ -102,6 +103,9 @@ class TestFit:
     )
     def test_too_little_gives_none(self, points):
         assert fit(*points) is None
+
+    def test_a_range_of_entropies_that_is_just_wide_enough(self):
+        assert fit([0.0, NARROW], [1.0, 0.0]).a == pytest.approx(1 / NARROW, rel=1e-3)
 
     def test_scores_that_are_all_alike(self):
         law = fit([0.1, 0.2, 0.3], [0.1 + 0.2] * 3)
@@ -230,7 +234,15 @@ class TestMetrics:
         play(method(warn_headroom=0.2), self.ENTROPY, self.scores())
         assert ["headroom" in record.message for record in caplog.records] == [True]
         caplog.clear()
-        play(method(warn_headroom=0.0), self.ENTROPY, self.scores())
+        scores = self.scores()
+        scores[-2] = 0.9
+        run = play(method(warn_headroom=0.0, fit_points=5), self.ENTROPY, scores)
+        assert run.metrics["headroom"] == pytest.approx(0.4 - 0.9)
+        assert caplog.records == [], "not even if the score is above the ceiling"
+
+    def test_a_ceiling_just_as_far_as_told_is_not_near(self, caplog):
+        headroom = play(method(warn_headroom=0.0), self.ENTROPY, self.scores()).metrics["headroom"]
+        play(method(warn_headroom=headroom), self.ENTROPY, self.scores())
         assert caplog.records == []
 
 
@@ -258,13 +270,32 @@ class TestPicture:
     """Drawn at the end, beside the metrics."""
 
     def test_is_drawn_if_there_is_a_fit(self, tmp_path):
-        run = FakeRun(config=OmegaConf.create({"trainer": {"default_local_dir": str(tmp_path / "run")}}))
+        folder = tmp_path / "a project" / "run"
+        run = FakeRun(config=OmegaConf.create({"trainer": {"default_local_dir": str(folder)}}))
         plugin = method()
         plugin.on_train_end(run)
-        assert not (tmp_path / "run").exists()
+        assert not folder.exists()
         play(plugin, TestMetrics.ENTROPY, TestMetrics().scores(), run)
-        plugin.on_train_end(run)
-        assert (tmp_path / "run" / PICTURE).read_bytes().startswith(b"\x89PNG")
+        for _ in range(2):
+            plugin.on_train_end(run)
+            assert (folder / PICTURE).read_bytes().startswith(b"\x89PNG")
+
+    @pytest.mark.parametrize(("a", "ceiling"), [(0.2, [0.4]), (-0.2, [])])
+    def test_shows_points_law_and_ceiling(self, monkeypatch, tmp_path, a, ceiling):
+        figures = []
+        monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+        entropy = [0.9, 0.6, 0.3]
+        score = [0.6 - a * math.exp(one) for one in entropy]
+        draw(fit(entropy, score), entropy, score, tmp_path / PICTURE)
+        (axes,) = figures[0].axes
+        (points,), (law, *flat) = axes.collections, axes.lines
+        np.testing.assert_allclose(points.get_offsets(), list(zip(entropy, score, strict=True)))
+        shades = points.norm(points.get_array())
+        assert 0 < shades[0] < shades[1] < shades[2], "later points are darker, and none is white"
+        x, y = law.get_data()
+        assert (x.min(), x.max()) == (0, 0.9), "the ceiling is where the entropy is used up"
+        np.testing.assert_allclose(y, 0.6 - a * np.exp(x))
+        assert [line.get_ydata()[0] for line in flat] == pytest.approx(ceiling)
 
 
 class TestRefusals:
@@ -274,6 +305,7 @@ class TestRefusals:
         ("overrides", "parts"),
         [
             (["trainer.test_freq=-1"], ["plugins.entropy_law", "trainer.test_freq=-1"]),
+            (["trainer.test_freq=0"], ["trainer.test_freq=0"]),
             (["trainer.test_freq=45"], ["trainer.test_freq=45", "trainer.total_training_steps=45"]),
             (["plugins.entropy_law.fit_points=3"], ["plugins.entropy_law.fit_points=3", "min_points=5"]),
             (["algorithm.rollout_correction.bypass_mode=True"], ["'entropy_law'", "bypass_mode=True"]),
@@ -287,3 +319,7 @@ class TestRefusals:
     @pytest.mark.parametrize("recipe", ["entropy_law", "vade+entropy_law", "clip_cov+entropy_law", "steer+entropy_law"])
     def test_goes_with_anything(self, recipe):
         needs.check(compose(recipe, "cpu", []))
+
+    @pytest.mark.parametrize("override", ["trainer.test_freq=1", "plugins.entropy_law.fit_points=5"])
+    def test_just_enough(self, override):
+        needs.check(compose("entropy_law", "cpu", [override]))

@@ -133,6 +133,12 @@ class TestSelection:
         assert logged["num_selected"] == 1
         assert logged["rest_abs_kl"] == 0
 
+    def test_a_single_token_that_is_not_chosen(self):
+        given, logged = {name: value[:1, :2] for name, value in fields(0).items()}, {}
+        given |= {"response_mask": torch.ones(1, 2).bool(), "log_probs": given["old_log_probs"] + 0.25}
+        losses_and_gradient(method(kl_cov_ratio=0.5), tokens_of(given, logged))
+        assert (logged["selected_abs_kl"], logged["rest_abs_kl"]) == pytest.approx((0.25, 0.25))
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_all_tokens_chosen_and_none_with_an_advantage(self, dtype):
         given, logged = {name: v if v.dtype == torch.bool else v.to(dtype) for name, v in fields(0).items()}, {}

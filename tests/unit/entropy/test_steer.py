@@ -329,6 +329,8 @@ def test_equal_weights_are_refused(sentence):
     with pytest.raises(CompositionError) as error:
         needs.check(compose("steer", "cpu", settings))
     sentence(error.value, "plugins.steer.token_weight_min", "token_weight_max", "1.0")
+    for accepted in (settings[1:], settings[:1]):
+        needs.check(compose("steer", "cpu", accepted))
 
 
 def test_bypass_mode_is_refused(sentence):
@@ -358,6 +360,11 @@ class TestBounds:
         assert float(found[0]) == pytest.approx(high) and found.max() <= high + 1e-6 and found.min() >= 0.8 - 1e-6
         if options["map"] == "linear":
             assert found[:3].tolist() == pytest.approx([1.2] * 3)
+
+    def test_where_all_of_the_batch_were_alike_every_token_has_the_middle(self):
+        alike = torch.tensor(0.2)
+        found = method(scope="batch", map="linear").of_size(torch.tensor([0.0, 0.2, 0.5]), alike, alike)
+        assert found.tolist() == pytest.approx([1.0] * 3)
 
     def test_probabilities_of_0_and_1(self):
         log_p = torch.tensor([[-200.0, -torch.inf, 0.0, -1e-12, -1.0]], dtype=torch.float64)

@@ -102,7 +102,7 @@ class TestVote:
 
     def test_nobody_answered(self):
         run = run_with(2)
-        assert rewards_of(method(), sampled([["", None, ""], ["1", "1", ""]]), run) == [0, 0, 0, 1, 1, 0]
+        assert rewards_of(method(), sampled([["", None, ""], ["1", "", "1"]]), run) == [0, 0, 0, 1, 0, 1]
         assert run.metrics["majority_ratio"] == pytest.approx(1 / 3)
         assert run.metrics["label_accuracy"] == 0.5
 

@@ -98,11 +98,12 @@ class TestBelief:
 
     def test_how_well_it_predicts_is_told_of_the_success_rates(self):
         """Much evidence is no high rate."""
-        plugin, run = method(), FakeRun(dataset=FakeDataset(2))
-        plugin._prepare(2)
-        plugin.right[:], plugin.wrong[:] = [9, 10], [1, 90]
-        plugin.observe(run, make_batch((0, [1, 1]), (1, [0, 0])))
-        assert run.metrics["predicted_vs_observed_corr"] == pytest.approx(1)
+        plugin, run = method(), FakeRun(dataset=FakeDataset(3))
+        plugin._prepare(3)
+        plugin.right[:], plugin.wrong[:] = [9, 10, 3], [1, 90, 3]
+        plugin.observe(run, make_batch((0, [1, 1]), (1, [0, 0]), (2, [1, 0])))
+        expected = np.corrcoef([10 / 12, 11 / 102, 4 / 8], [1, 0, 0.5])[0, 1]
+        assert run.metrics["predicted_vs_observed_corr"] == pytest.approx(expected)
 
     def test_foreign_prompt(self):
         with pytest.raises(DataError, match="mopps: prompt ids 3 to 3 are not all among the 3"):
@@ -130,18 +131,25 @@ class TestPool:
             if number == 2:  # in the middle of the run, at the end of a pass
                 state, plugin = plugin.state_dict(), method(pool_ratio=1)
                 plugin.load_state_dict(state)
-            order = []
+            pools = []
             for run.step in range(3 * number + 1, 3 * number + 4):
-                order += asked(plugin, run, 4)
-            passes.append(tuple(order))
-        assert len(set(passes)) == 4 and all(sorted(order) == list(range(12)) for order in passes)
+                pools.append(tuple(sorted(asked(plugin, run, 4))))  # within a pool theta decides
+            passes.append(tuple(pools))
+        assert len(set(passes)) == 4 and all(sorted(sum(pools, ())) == list(range(12)) for pools in passes)
         assert (plugin.passes, run.metrics["passes"]) == (4, 4)
 
     def test_runs_of_other_seeds_have_other_orders(self):
-        orders = {
-            tuple(asked(method(pool_ratio=1), FakeRun(dataset=FakeDataset(12), seed=seed), 12)) for seed in range(3)
-        }
-        assert len(orders) == 3
+        plugins = [method(pool_ratio=1) for _ in range(200)]
+        for seed, plugin in enumerate(plugins):
+            asked(plugin, FakeRun(dataset=FakeDataset(12), seed=seed), 12)
+        assert len({tuple(plugin._order) for plugin in plugins}) == 200
+
+    def test_the_first_prompt_asked_begins_a_pass(self):
+        plugin, again = method(pool_ratio=1), method(pool_ratio=1)
+        again.load_state_dict(plugin.state_dict())
+        for one in (plugin, again):
+            asked(one, run := FakeRun(dataset=FakeDataset(12)), 1)
+            assert run.metrics["passes"] == 1
 
     def test_a_resume_in_the_middle_goes_on_where_it_was(self):
         run, whole, parts = FakeRun(dataset=FakeDataset(12)), [], []

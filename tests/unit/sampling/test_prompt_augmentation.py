@@ -19,12 +19,14 @@ from verl_plugins.sampling.prompt_augmentation import (
     PromptAugmentation,
     Template,
     format_rewards,
+    prompt_tokens,
     read_templates,
     render,
 )
 from verl_plugins.services import Prompt, Prompts
 
 QUESTION = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "2+2?"}]
+PICTURE = {"role": "user", "content": [{"type": "image"}]}
 SINGLE = {"multi_turn": {"enable": False}, "agent": {"default_agent_loop": "single_turn_agent"}}
 
 
@@ -122,7 +124,11 @@ class TestRender:
         rendered = render(Template(suffix="!"), talk)
         assert [message["content"] for message in rendered] == ["Be kind.", "2+2?", "4", "3+3?!"]
 
-    @pytest.mark.parametrize("messages", [[{"role": "user", "content": [{"type": "image"}]}], QUESTION[:1]])
+    def test_what_was_asked_before_need_not_be_text(self):
+        talk = [PICTURE, {"role": "assistant", "content": "A cat."}, QUESTION[1]]
+        assert render(Template(suffix="!"), talk)[-1]["content"] == "2+2?!"
+
+    @pytest.mark.parametrize("messages", [[PICTURE], [*QUESTION, PICTURE], QUESTION[:1]])
     def test_refused(self, messages, sentence):
         with pytest.raises(DataError) as error:
             render(Template(), messages)
@@ -193,18 +199,19 @@ class TestDraw:
         path = tmp_path / "t.yaml"
         path.write_text('a: {once: ["<x>"]}')
         run = run_of()
-        run.tokenizer.decode = lambda ids, skip_special_tokens: ""
+        run.tokenizer.decode = lambda ids, skip_special_tokens: "" if skip_special_tokens else "<x>"
         with pytest.raises(DataError) as error:
             method(templates=(str(path),), validation="none").prepare_prompts(run, prompts_of(1))
         sentence(error.value, "'<x>'", "'a'", "special token")
 
-    def test_other_agent_loops_are_refused(self, short, sentence):
+    @pytest.mark.parametrize("name", ["tool_agent", "a_loop"])
+    def test_other_agent_loops_are_refused(self, short, sentence, name):
         plugin, prompts = method(templates=(short,), validation="dots"), prompts_of(2)
-        prompts[1].row["agent_name"] = "tool_agent"
+        prompts[1].row["agent_name"] = name
         for stage in (plugin.prepare_prompts, plugin.prepare_validation):
             with pytest.raises(DataError) as error:
                 stage(run_of(), prompts)
-            sentence(error.value, "prompt 1", "'tool_agent'", "'single_turn_agent'")
+            sentence(error.value, "prompt 1", repr(name), "'single_turn_agent'")
 
     @pytest.mark.parametrize("other", ["ttrl", "siri", "r3"])
     def test_the_format_comes_on_top(self, other):
@@ -222,6 +229,21 @@ class TestDraw:
         prompts = prompts_of(2)
         method(validation="none").prepare_validation(run_of(), prompts)
         assert [prompt.row for prompt in prompts] == [{"raw_prompt": QUESTION}] * 2
+
+
+def test_the_beginning_of_an_answer_counts_as_prompt():
+    """That of the chat template, which the settings may change, and the template's own."""
+
+    class Begins(FakeTokenizer):
+        def apply_chat_template(self, messages, add_generation_prompt=False, tokenize=True, who="assistant"):
+            return super().apply_chat_template(messages, tokenize=False) + f"{who}: " * add_generation_prompt
+
+    run = run_of()
+    run.tokenizer = Begins()
+    plain = len("system: Be kind.\nuser: 2+2?\n")
+    assert prompt_tokens(run, QUESTION, "So ") == plain + len("assistant: So ")
+    run.config.data.apply_chat_template_kwargs = {"who": "me"}
+    assert prompt_tokens(run, QUESTION) == plain + len("me: ")
 
 
 class TestReward:
@@ -274,6 +296,13 @@ class TestReward:
             **{"acc/dots": 0, "acc/free": 0.5, "format/dots": 0.5, "format/free": 1, "count/dots": 2, "count/free": 2},
             **{"length/dots": 2.5, "length/free": 2, "acc_mean": 0.25, "format_mean": 0.75, "format_only_groups": 0.5},
         }
+
+    def test_a_group_that_differs_in_answers_is_not_told_apart_by_format_only(self, short):
+        plugin, run = method(templates=(short,), validation="free"), run_of()
+        batch = make_batch(["1.", "2"], ["dots", "dots"], [1, 0], uid=["0-1-0", "0-1-0"])
+        plugin.shape_rewards(run, batch)
+        plugin.observe(run, batch)
+        assert run.metrics["format_only_groups"] == 0
 
     def test_a_group_that_agrees_in_answer_and_format_is_not_told_apart_by_format(self, short):
         plugin, run = method(templates=(short,), validation="free"), run_of()

@@ -1,4 +1,4 @@
-"""R3: reflection, replay into collapsed groups, ranking by structural entropy, and what it refuses."""
+"""R3: replay into collapsed groups, ranking by structural entropy, and what it refuses; see also test_r3_reflection."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ from verl_plugins.sampling.r3 import (
     R3,
     REFLECTIVE,
     collapsed,
-    is_hard,
     mixed_advantage,
     outcome_reward,
 )
-from verl_plugins.services import Prompt, Prompts
+from verl_plugins.services import Prompts
 
 EOS, BUDGET, N = 256, 6, 4
+CHAIN = [[5.0, *[0.2] * 5], [4.0, *[0.5] * 5], [3.0, *[0.9] * 5], [2.0, *[1.4] * 5]]
+"""Entropies of answers of which each dominates all that follow: a lower peak, a higher mean."""
+FLAT = [1.0] * 6
 FEW = settings(max_examples=50, deadline=None)
 CONFIG = {
     "data": {"train_batch_size": 8, "max_prompt_length": 400},
@@ -118,9 +120,40 @@ class TestRanking:
         assert stable[order].tolist() == pytest.approx([0.5 * (1 - k / (n - 1)) for k in range(n)])
 
     def test_one_alone(self):
-        alone, s = Groups(["a", "b", "b"], counted=torch.tensor([True, False, True])), torch.zeros(3)
-        assert ranking_reward(s, alone, 0.5).tolist() == [0, 0, 0]
-        assert ranking_reward(s, alone, 0.5, singleton="max").tolist() == [0.5, 0, 0.5]
+        alone, s = Groups(["a", "b", "b", "c"], counted=torch.tensor([True, False, True, False])), torch.zeros(4)
+        assert ranking_reward(s, alone, 0.5).tolist() == [0, 0, 0, 0]
+        assert ranking_reward(s, alone, 0.5, singleton="max").tolist() == [0.5, 0, 0.5, 0]
+
+    def test_an_empty_response_has_no_entropy(self):
+        mask = torch.tensor([[True, True], [False, False]])
+        peak, mean = structural_entropy(torch.tensor([[3.0, 1.0], [9.0, 9.0]]), mask, 0.5)
+        assert (peak.tolist(), mean.tolist()) == ([3, 0], [2, 0])
+
+    @pytest.mark.parametrize(
+        ("groups", "tied", "peak"),
+        [
+            ([[CHAIN[0], CHAIN[1], CHAIN[2], CHAIN[3]], [FLAT]], 0.0, 3.0),
+            ([[CHAIN[0], CHAIN[1]], [FLAT, FLAT]], 0.5, 2.75),
+            ([[CHAIN[0]], [CHAIN[1]], [FLAT, FLAT, FLAT]], 0.6, 2.4),
+        ],
+    )
+    def test_what_is_logged(self, groups, tied, peak):
+        """Of failures; equal ranks of different groups are no tie."""
+        entropy = torch.tensor([row for group in groups for row in group])
+        batch = answers(1, {prompt: [False] * len(rows) for prompt, rows in enumerate(groups)}, entropy=entropy)
+        method().estimate_advantage(run := make_run(), batch)
+        assert run.metrics == pytest.approx(
+            {
+                "serr_ranked": len(entropy),
+                "serr_tie_fraction": tied,
+                "peak_entropy_mean": peak,
+                "global_entropy_mean": float(entropy.mean()),
+            }
+        )
+
+    def test_without_its_reward_nothing_is_ranked(self):
+        method(r_max=0.0).estimate_advantage(run := make_run(), answers(1, {0: [False, True]}))
+        assert run.metrics == {}
 
 
 class TestAdvantage:
@@ -255,110 +288,49 @@ class TestReplay:
         assert (written[:4] == -7).all() and (written[4, 3:] == -7).all()
         torch.testing.assert_close(written[4, :3], batch.rollout_log_probs[4, :3])
 
-    def test_clip_fraction_of_replayed_tokens(self):
-        seen = {}
-        tokens = Tokens(
-            log_probs=torch.tensor([[0.5, 0.5], [0.5, 0.0]], requires_grad=True),
-            old_log_probs=torch.zeros(2, 2),
-            advantages=torch.ones(2, 2),
-            response_mask=torch.ones(2, 2),
-            config=OmegaConf.create({"clip_ratio": 0.2, "clip_ratio_low": None, "clip_ratio_high": None}),
-            extra=lambda name: torch.tensor([0.0, 1.0]),
-            log=lambda owner, metrics, reduce: seen.update(metrics),
-        )
-        wrapper = method().policy_loss(tokens)
-        next(wrapper)
-        with pytest.raises(StopIteration) as done:
-            wrapper.send(torch.ones(2, 2))
-        assert done.value.value.tolist() == [[1, 1], [1, 1]] and seen == {"replay_ratio_clipfrac": 0.5}
-
-
-class TestReflection:
-    """Second draws of prompts that mostly fail."""
-
-    def drawn(self, plugin: R3, run: FakeRun, count: int = 8) -> Prompts:
-        prompts = Prompts([Prompt(number, dict(run.dataset[number])) for number in range(count)])
-        plugin.prepare_prompts(run, prompts)
-        return prompts
-
-    def taught(self, **options) -> R3:
-        plugin = method(**options)
-        train_step(plugin, make_run(1), {number: [number > 1] * 3 + [False] for number in range(8)})
-        return plugin
-
-    def test_hard_prompts_take_the_place_of_others(self):
-        plugin, run = self.taught(), make_run(2)
-        prompts = self.drawn(plugin, run)
-        second = [prompt for prompt in prompts if prompt.row[REFLECTIVE]]
-        assert sorted(prompt.id for prompt in second) == [0, 1]
-        ids = [prompt.id for prompt in prompts]
-        assert ids.count(0) == ids.count(1) == 2 and len(ids) == 8
-        assert run.metrics == {"isr_prompts": 2, "isr_hard": 2, "isr_too_long": 0}
-        roles = [message["role"] for message in second[0].messages]
-        assert roles == ["user", "assistant", "user"]
-        shown = second[0].messages[1]["content"]
-        assert len(shown) == BUDGET and len(set(shown)) == 1
-        plain = next(prompt for prompt in prompts if prompt.id == 0 and not prompt.row[REFLECTIVE])
-        assert len(plain.messages) == 1
-
-    def test_not_in_the_first_epoch_and_not_beyond_its_share(self):
-        assert self.drawn(self.taught(), run := make_run(1)) and run.metrics["isr_prompts"] == 0
-        assert self.drawn(self.taught(reflect_share=0.125), run := make_run(2)) and run.metrics["isr_prompts"] == 1
-        assert self.drawn(self.taught(reflect_share=0.0), run := make_run(2)) and run.metrics["isr_prompts"] == 0
-
-    def test_where_all_are_hard_they_give_way_to_each_other(self):
-        plugin = method(reflect_share=0.5)
-        train_step(plugin, make_run(1), {number: [False] * N for number in range(8)})
-        prompts = self.drawn(plugin, run := make_run(2))
-        assert (run.metrics["isr_hard"], run.metrics["isr_prompts"]) == (8, 4)
-        ids = {again: {p.id for p in prompts if p.row[REFLECTIVE] == again} for again in (0.0, 1.0)}
-        assert ids[0.0] == ids[1.0] and len(ids[0.0]) == 4, "each beside its plain group"
-
-    def test_an_epoch_ends_where_no_batch_can_be_filled(self):
-        plugin = method()
-        train_step(plugin, make_run(1, rows=12), {number: [False] * N for number in range(8)})
-        self.drawn(plugin, run := make_run(2, rows=12))
-        assert run.metrics["isr_prompts"] > 0
-
-    def test_a_long_failure_is_cut_in_the_middle_or_left_out(self):
-        plugin = method()
-        batch = answers(1, {0: [False] * N})
-        long = {"responses": torch.arange(50)[None].repeat(4, 1) + 40, "response_mask": torch.ones(4, 50)}
-        long |= {"rm_scores": torch.zeros(4, 50), "rollout_log_probs": torch.zeros(4, 50)}
-        long |= {"response_lengths": torch.full((4,), 50)}
-        plugin.observe(make_run(1), answers(1, {0: [False] * N}, **long))
-        asked = len("user: 0\nassistant: \nuser: \n") + len(plugin.instruction.template)
-        run = make_run(2, max_prompt_length=asked + 25)
-        second = next(prompt for prompt in self.drawn(plugin, run) if prompt.row[REFLECTIVE])
-        whole = "".join(map(chr, range(40, 90)))
-        head, tail = second.messages[1]["content"].split(" … ")
-        assert whole.startswith(head) and whole.endswith(tail) and len(head) == len(tail) == 10
-        run = make_run(2, max_prompt_length=asked + 10)
-        assert not any(prompt.row[REFLECTIVE] for prompt in self.drawn(plugin, run))
-        assert run.metrics["isr_too_long"] == 1
-        assert len(batch) == 4
-
-    def test_the_instruction_may_name_the_problem(self, tmp_path):
-        file = tmp_path / "wording.yaml"
-        file.write_text("instruction: 'Wrong. $problem again'")
-        second = next(p for p in self.drawn(self.taught(wording=str(file)), make_run(2)) if p.row[REFLECTIVE])
-        assert second.messages[2]["content"] == f"Wrong. {second.id} again"
-
     @pytest.mark.parametrize(
-        "text", ["other: x", "instruction: ''", "instruction: $solution", "instruction: 3 $", "- x"]
+        ("advantage", "ratio", "clipped"),
+        [
+            *[(1.0, 1.3, 1), (1.0, 1.25, 0), (1.0, 0.5, 0)],
+            *[(-0.5, 0.75, 1), (-0.5, 0.85, 0), (-0.5, 1.5, 0)],
+            (0.0, 1.5, 0),
+        ],
     )
-    def test_wording_that_cannot_be_used(self, tmp_path, text):
-        file = tmp_path / "wording.yaml"
-        file.write_text(text)
-        with pytest.raises(CompositionError, match="must be a YAML file with a text `instruction`"):
-            method(wording=str(file))
+    def test_clip_fraction_of_replayed_tokens(self, advantage, ratio, clipped):
+        """Beyond the end of the range to which the advantage pushes; the other row would count, and is not replayed."""
+        losses, logged = clip_fraction([0.2, 0.28], advantage, [[2.0, 0.1], [ratio, ratio]])
+        assert losses.tolist() == [[1, 1], [1, 1]] and logged == {"replay_ratio_clipfrac": clipped}
 
-    @pytest.mark.parametrize(("right", "seen", "tau"), [(7, 25, 0.28), (7, 50, 0.14), (14, 25, 0.56), (1, 4, 0.25)])
-    def test_a_mean_of_tau_is_not_hard(self, right, seen, tau):
-        assert not is_hard(np.array([float(right)]), np.array([float(seen)]), tau, 2)[0]
+    @pytest.mark.parametrize("advantage", [1.0, -1.0])
+    def test_the_ends_of_the_range_are_not_clipped(self, advantage):
+        assert clip_fraction([0.0, 0.0], advantage, [[1.0], [1.0]])[1] == {"replay_ratio_clipfrac": 0}
 
-    def test_prompts_without_a_failure_are_not_hard(self):
-        assert is_hard(np.array([0.0, 1, 1]), np.array([0.0, 1, 8]), 1.0, 2).tolist() == [False, False, True]
+    def test_an_answer_of_one_token_is_stored(self):
+        lengths = torch.tensor([1, 0])
+        mask = torch.arange(BUDGET) < lengths[:, None]
+        batch = answers(1, {0: [False, False]}, response_mask=mask, response_lengths=lengths)
+        plugin, run = method(), make_run()
+        plugin.observe(run, batch)
+        assert run.metrics["not_stored"] == 1 and len(plugin.store) == 1
+
+
+def clip_fraction(clip: list[float], advantage: float, ratio: list[list[float]]) -> tuple[torch.Tensor, dict]:
+    """Losses of 1 after the hook, and what it logs, of two rows of which the second was replayed."""
+    seen, ratio = {}, torch.tensor(ratio)
+    tokens = Tokens(
+        log_probs=(ratio.log() - 0.5).requires_grad_(),
+        old_log_probs=torch.full_like(ratio, -0.5),
+        advantages=torch.full_like(ratio, advantage),
+        response_mask=torch.ones_like(ratio),
+        config=OmegaConf.create({"clip_ratio": 9.0, "clip_ratio_low": clip[0], "clip_ratio_high": clip[1]}),
+        extra=lambda name: torch.tensor([0.0, 1.0]),
+        log=lambda owner, metrics, reduce: seen.update(metrics),
+    )
+    wrapper = method().policy_loss(tokens)
+    next(wrapper)
+    with pytest.raises(StopIteration) as done:
+        wrapper.send(torch.ones_like(ratio))
+    return done.value.value, seen
 
 
 @pytest.mark.parametrize("plugins", [["r3", "prompt_augmentation"], ["prompt_augmentation", "r3"]])
@@ -385,3 +357,8 @@ def test_state_of_another_dataset_is_refused():
 def test_refused_settings(options, changes, told):
     with pytest.raises(CompositionError, match=told):
         method(**options).check(OmegaConf.merge(CONFIG, changes))
+
+
+@pytest.mark.parametrize("options", [{"replay": 3}, {"replay": 4, "mix": "append"}])
+def test_accepted_settings(options):
+    method(**options).check(OmegaConf.create(CONFIG))

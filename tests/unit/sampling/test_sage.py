@@ -16,7 +16,7 @@ from test_vade import make_batch
 
 from verl_plugins import Batch, CompositionError, DataError, StateError
 from verl_plugins.composition import manager
-from verl_plugins.sampling.sage import WORD, Sage, hint_text, next_level, parse_hint, with_hint
+from verl_plugins.sampling.sage import WORD, Sage, hint_text, next_level, parse_hint, question_of, with_hint
 from verl_plugins.services import Generated, Prompt, Prompts, Rollout
 
 READABLE = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1)
@@ -108,6 +108,7 @@ class TestParse:
             '{"level_1": "..."}',
             '{"level_1": "look \\ud83d here"}',
             '{"level_1": 3}',
+            '{"level_0": "x"}',
             '{"level_4": "x"}',
             '{"level_1": "a',
         ],
@@ -312,12 +313,14 @@ class TestLight:
 class TestPrompts:
     """What is made of a prompt, and which are refused."""
 
-    def test_pictures_stay(self):
-        picture = {"type": "image"}
-        messages = [{"role": "user", "content": [picture, {"type": "text", "text": "What?"}]}]
-        (message,) = with_hint(messages, "look")
-        assert message["content"][:2] == messages[0]["content"]
-        assert message["content"][2]["text"].endswith("look")
+    def test_the_hint_is_for_the_last_question_and_all_else_stays(self):
+        """Pictures beside its text, and what was said before and after it."""
+        parts = [{"type": "image"}, {"type": "text", "text": "What"}, {"type": "text", "text": "is it?"}]
+        before = [{"role": "user", "content": "Look."}, {"role": "assistant", "content": "Yes."}]
+        question, after = {"role": "user", "content": parts}, {"role": "assistant", "content": "It"}
+        assert question_of([*before, question, after]) == "What\nis it?"
+        hinted = {"role": "user", "content": [*parts, {"type": "text", "text": "look"}]}
+        assert with_hint([*before, question, after], "look") == [*before, hinted, after]
 
     def test_without_a_solution(self, sentence):
         run, prompts = FakeRun(dataset=FakeDataset(1)), Prompts([Prompt(0, {**ROW, "extra_info": {}})])
@@ -339,7 +342,7 @@ class TestPrompts:
     )
     def test_wording(self, tmp_path, sentence, text):
         path = tmp_path / "words.yaml"
-        path.write_text("{tutor: a, request: $problem $solution, hint: b $$ $hint}")
+        path.write_text("{tutor: a, request: '${problem} $solution', hint: b $$ $hint}")
         assert method(wording=str(path))._hinted(Prompt(0, ROW), "c")[-1]["content"] == "2+2?b $ c"
         path.write_text(text)
         with pytest.raises(CompositionError) as error:
@@ -358,3 +361,14 @@ class TestPrompts:
         with pytest.raises(CompositionError) as error:
             method().check(OmegaConf.merge({"data": {"max_prompt_length": 512, "max_response_length": 2048}}, config))
         sentence(error.value, "plugins.sage", *words)
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            {"data": {"max_prompt_length": 512, "max_response_length": 513}},
+            {"reward": {"reward_model": {"enable": False, "enable_resource_pool": False}}},
+            {"reward": {"reward_model": {"enable": True, "enable_resource_pool": True}}},
+        ],
+    )
+    def test_accepted(self, config):
+        method().check(OmegaConf.merge({"data": {"max_prompt_length": 512, "max_response_length": 2048}}, config))

@@ -13,6 +13,7 @@ from test_sage import ROW, Worker, method, play
 from test_vade import make_batch
 
 from verl_plugins.sampling.prompt_augmentation import prompt_tokens
+from verl_plugins.services import Prompt
 
 LEVELS, ROOM = 3, 1500
 MESSAGES = [
@@ -153,6 +154,40 @@ def test_levels_of_a_step(prompts):
         assert run.metrics[f"level_{level}"] == pytest.approx(len(accuracies) / len(prompts))
         expected = sum(accuracies) / len(accuracies) if accuracies else None
         assert run.metrics.get(f"acc_level_{level}") == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("spare", "used"), [(0, 1), (-1, 2)])
+def test_a_hint_may_just_fill_the_prompt(spare, used):
+    plugin, worker = method(), Worker([json.dumps({"level_1": "look closer", "level_2": "look"})], [[0], [1]])
+    worker.run.config.data.max_prompt_length = spare + prompt_tokens(
+        worker.run, plugin._hinted(Prompt(0, ROW), "look closer")
+    )
+    assert play(plugin, worker)[0].row["hint_used"] == used
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_from_level_1_to_the_highest_that_is_set(most):
+    """Whatever other levels the policy writes hints for."""
+    texts = {f"level_{level}": f"hint {level}" for level in range(LEVELS + 2)}
+    worker = Worker([json.dumps(texts)], [[0]] * (LEVELS + 2))
+    play(method(max_level=most), worker)
+    assert [told[-6:] for told in worker.asked[1:]] == ["hint 1", "hint 2"][:most]
+
+
+def test_what_is_logged_and_remembered_of_a_step():
+    """Eleven prompts with 0 to 10 right responses of 10, at levels 0 to 2; a twelfth was not drawn."""
+    level, run, plugin = [0] * 5 + [1] * 3 + [2] * 3, FakeRun(dataset=FakeDataset(12)), method()
+    groups = [(right, [1.0] * right + [0.0] * (10 - right)) for right in range(11)]
+    plugin.observe(run, make_batch(*groups, hint_used=[one for one in level for _ in range(10)]))
+    fifths = dict(enumerate([1, 1, 2, 2, 2, 2, 1]))  # none right; 1; 2 and 3; 4 and 5; 6 and 7; 8 and 9; all
+    assert run.metrics == pytest.approx(
+        {"level_0": 5 / 11, "level_1": 3 / 11, "level_2": 3 / 11, "level_3": 0}
+        | {"acc_level_0": 0.2, "acc_level_1": 0.6, "acc_level_2": 0.9}
+        | {f"mean_reward_bucket_{k}": count / 11 for k, count in fifths.items()}
+    )
+    state = plugin.state_dict()
+    assert state["level"].tolist() == [*level, -1]
+    assert state["right"].tolist() == [*range(11), 0] and state["asked"].tolist() == [10] * 11 + [0]
 
 
 @pytest.mark.parametrize("wanted", [0, 2])

@@ -16,13 +16,16 @@ from omegaconf import OmegaConf
 
 from verl_plugins import Batch, CompositionError, DataError, StateError
 from verl_plugins.sampling.vade import (
+    Selections,
     Vade,
     decay_and_add,
     draw,
     expected_gain,
     information_gain,
+    largest,
     log_outcomes,
     posterior_mean,
+    refuse_unknown,
     select,
 )
 
@@ -61,6 +64,9 @@ class TestSelect:
     def test_everything(self):
         assert sorted(select(np.random.default_rng(0).random(7), None, 7)) == list(range(7))
 
+    def test_of_equals_no_more_than_are_asked(self):
+        assert largest(np.array([1.0, 5, 1, 1]), 2).tolist() == [1, 0]
+
     def test_too_few(self, sentence):
         with pytest.raises(DataError) as error:
             select(np.zeros(4), np.array([True, False, False, True]), 3)
@@ -81,6 +87,11 @@ class TestBelief:
         decay_and_add(alpha, beta, np.array([0]), np.array([3]), np.array([8]), 0.2, 0.5)
         assert alpha.tolist() == [0.2 * 10 + 3, 5]
         assert beta.tolist() == [0.2 * 5 + 5, 2.5]
+
+    def test_all_of_what_is_not_asked_can_be_forgotten(self):
+        alpha, beta = np.array([10.0, 10.0]), np.array([5.0, 5.0])
+        decay_and_add(alpha, beta, np.array([0]), np.array([3]), np.array([8]), 1.0, 0.0)
+        assert (alpha.tolist(), beta.tolist()) == ([13, 0], [10, 0])
 
     def test_steady_state_of_a_prompt_always_asked(self):
         alpha, beta = np.zeros(1), np.zeros(1)
@@ -143,7 +154,9 @@ class TestEvidence:
 
     def test_foreign_prompt(self):
         with pytest.raises(DataError, match="not all among the 3"):
-            method().observe(FakeRun(dataset=FakeDataset(3)), make_batch((3, [1.0])))
+            method().observe(FakeRun(dataset=FakeDataset(3)), make_batch((0, [1.0]), (3, [1.0])))
+        with pytest.raises(DataError, match="vade: prompt ids -1 to 0 are not all among the 3"):
+            refuse_unknown("vade", np.array([-1, 0]), 3)
 
 
 class TestSelectPrompts:
@@ -190,6 +203,11 @@ class TestSelectPrompts:
         run.step = 3
         plugin.select_prompts(run, 2)
         assert run.metrics["reselected_fraction"] == 0.5
+
+    def test_reselected_is_what_was_asked_a_step_before(self):
+        selections = Selections()
+        shares = [selections.add(step, np.array(ids)) for step, ids in ((1, [1, 2]), (2, [0, 1]), (3, [0, 2]))]
+        assert shares == [0, 0.5, 0.5]
 
 
 class TestState:
@@ -273,10 +291,10 @@ class TestKnownOutcomes:
 
     def test_read(self, tmp_path):
         path = tmp_path / "known.json"
-        path.write_text(json.dumps({"2": [3, 8], "0": [0, 4]}))
+        path.write_text(json.dumps({"2": [3, 8], "0": [0, 4], "3": [2, 2]}))
         plugin = method(init_from=str(path), init_weight=0.5)
-        plugin._prepare(3)
-        assert (plugin.alpha.tolist(), plugin.beta.tolist()) == ([0, 0, 1.5], [2, 0, 2.5])
+        plugin._prepare(4)
+        assert (plugin.alpha.tolist(), plugin.beta.tolist()) == ([0, 0, 1.5, 1], [2, 0, 2.5, 0])
 
     @pytest.mark.parametrize(
         "known",
@@ -284,6 +302,7 @@ class TestKnownOutcomes:
             {"3": [1, 2]},
             {"0": [3, 2]},
             {"-1": [0, 1]},
+            {"0": [-1, 2]},
             {"0": [math.nan, 2]},
             {"a": [1, 2]},
             {"0": 1, "1": 2},
@@ -331,3 +350,10 @@ def test_how_well_the_belief_predicts(predicted, correlation):
     run = FakeRun(FakeDataset(3))
     log_outcomes(run, np.array(predicted), np.array([2, 0, 4]), np.array([2, 8, 8]), np.ones(3))
     assert run.metrics["predicted_vs_observed_corr"] == pytest.approx(correlation)
+
+
+@pytest.mark.parametrize(("predicted", "correct"), [([0.5, 0.5], [0, 8]), ([0.1, 0.9], [4, 4])])
+def test_what_does_not_vary_has_no_correlation(predicted, correct):
+    run = FakeRun(FakeDataset(2))
+    log_outcomes(run, np.array(predicted), np.array(correct), np.array([8, 8]), np.ones(2))
+    assert "predicted_vs_observed_corr" not in run.metrics
