@@ -90,7 +90,7 @@ def calculation(item: Sum, style: str, right: float, rng: random.Random) -> tupl
 
 @dataclass(frozen=True)
 class Teacher:
-    """Answers as said above; before it is noisy, never rambling, in the right form, and right but on the last level."""
+    """Answers as said above; before it is noisy, always in the right form, and right on all levels but the hard one."""
 
     rng: random.Random
     noisy: bool = True
@@ -136,7 +136,7 @@ class Teacher:
 
 
 def lessons() -> Iterator[list[tuple[str, str]]]:
-    """Batches for the warm-up, every tenth of long prompts, levels evenly; no held-out prompt is in them."""
+    """Batches for the warm-up, every sixth of long prompts, levels evenly; no held-out prompt is in them."""
     rng, held_out = random.Random(0), set(split_sums(TASK)[1])
     taught = [[item for item in all_sums(TASK) if item.level == level] for level in range(TASK.levels)]
     taught = [[put(item) for item in items if item not in held_out] for items in taught]
@@ -166,7 +166,7 @@ def prepare(folder: Path) -> list[str]:
 
 
 def _ask(rows: pd.DataFrame) -> None:
-    """Put the sums that are asked into the rows, with their solutions."""
+    """Put the sums that are asked into the rows in place, with their solutions."""
     for row in rows.to_dict("records"):
         info, (message,) = row["extra_info"], row["prompt"]
         asked = put(Sum(message["content"], int(row["reward_model"]["ground_truth"]), info["level"]))
