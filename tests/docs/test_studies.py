@@ -48,3 +48,12 @@ def test_the_common_task_s_form_is_what_the_scorer_takes(prompt):
         assert verify(f"{said}`{truth}`", str(truth)).correct
         assert not verify(f"{said}`{truth + 1}`", str(truth)).correct
         assert not verify(f"{said}{truth}?", str(truth)).correct
+
+
+def test_the_evidence_page_has_the_numbers_that_are_kept():
+    folder = FOLDER.parent
+    summary, block = function("evidence.py:summary", folder), function("evidence.py:block", folder)
+    page = (FOLDER.parents[1] / "docs/evidence.md").read_text()
+    begin, end = (block.__globals__[name] for name in ("BEGIN", "END"))
+    made, found = summary()
+    assert found and page.partition(begin)[2].partition(end)[0].strip() == block(made)
