@@ -20,7 +20,7 @@ from typing import Any
 
 import ray
 
-ASKED_SECONDS, LATE_SECONDS, ANSWER_SECONDS = 30.0, 600.0, 20.0
+ASKED_SECONDS, LATE_SECONDS, ANSWER_SECONDS = 30.0, 600.0, 60.0
 """How often workers are asked, from when on a prompt is late, and how long an answer may take."""
 INSTALLED = tuple(site.getsitepackages())
 MACHINERY = (sysconfig.get_path("stdlib"), str(Path(__file__).parents[1]))

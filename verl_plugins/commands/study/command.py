@@ -45,7 +45,10 @@ def study(what: Study, out: Path, jobs: int = 1, command: str | None = None) -> 
         if job.finished:
             keep(job)
     todo = [job for job in every if job.folder.name not in known]
-    for one in {job.variant: job for job in todo}.values():
+    variants = {job.variant: job for job in todo}
+    if variants:
+        Console(stderr=True).print(f"looking at {len(variants)} variants before the first is trained", highlight=False)
+    for one in variants.values():
         _look(one.variant, what.arguments(one.variant, made, one.folder), what.preset, one.folder)
     failed = _train(todo, words, jobs, what.steps, keep, len(every))
     names = {job.folder.name: job.variant for job in every}
