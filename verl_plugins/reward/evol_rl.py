@@ -165,15 +165,18 @@ class EvolRl(Plugin):
                 "reward_std": float(reward[last].std(correction=0)),
             }
         )
-        for name, values in (
-            ("similarity", similar),
-            ("novelty_majority", u[valid & agrees]),
-            ("novelty_minority", u[valid & ~agrees]),
-        ):
-            if len(values):
-                run.log({f"{name}_mean": float(values.mean())})
         if len(similar):
-            run.log({"similarity_min": float(similar.min()), "similarity_max": float(similar.max())})
+            run.log(
+                {
+                    "similarity_mean": float(similar.mean()),
+                    "similarity_min": float(similar.min()),
+                    "similarity_max": float(similar.max()),
+                }
+            )
+        if (valid & agrees).any():
+            run.log({"novelty_majority_mean": float(u[valid & agrees].mean())})
+        if (valid & ~agrees).any():
+            run.log({"novelty_minority_mean": float(u[valid & ~agrees].mean())})
 
     def valid(self, batch: Batch, texts: pd.Series) -> Tensor:
         """[B] bool: responses that take part."""

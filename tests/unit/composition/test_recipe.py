@@ -63,8 +63,9 @@ class TestShipped:
         installed = manifest.entries()
         for item in recipe.recipes(manifest.folders(installed)):
             if item.distribution == "verl-plugins":
-                stages = {hook.stage for hook in manifest.find(item.name, installed).hooks}
-                assert set(item.stages) <= stages
+                named = {item.name, *item.plugins}
+                hooks = [hook for name in named for hook in manifest.find(name, installed).hooks]
+                assert set(item.stages) <= {hook.stage for hook in hooks}
 
     def test_verl_and_torch_are_not_imported_to_compose(self) -> None:
         import subprocess

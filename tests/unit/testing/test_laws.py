@@ -29,6 +29,7 @@ LONE_SEGMENTS = {"lonely_group.estimate_advantage": "segments are compared with 
 TRUST_REGION = "as in the authors' code, the drift that is penalised is the mean of the micro-batch"
 SUMS_PER_ROW = Scenario(overrides={"actor_rollout_ref.actor.loss_agg_mode": "seq-mean-token-sum"})
 OF_GROUPS = Scenario(overrides={"algorithm.adv_estimator": "grpo"})
+FSDP2 = Scenario(overrides={"actor_rollout_ref.actor.strategy": "fsdp2"})
 WITH_BONUS = Scenario(overrides={"actor_rollout_ref.actor.entropy_coeff": 0.001})
 SOLVED = Scenario(
     columns={"extra_info": lambda prompt_id: {"solution": f"{prompt_id} and 7 more"}},
@@ -69,6 +70,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"config": {"anchor": "ground_truth", "valid": "answer_extracted"}},
         {"config": {"anchor": "ground_truth", "valid": "answer_extracted", "single_valid": "band", "min_spread": 0.2}},
     ],
+    "perp_grad": [{"scenario": FSDP2}, {"scenario": FSDP2, "config": {"granularity": "global", "min_ndim": 0}}],
     "prob_mask": [{"scenario": OF_GROUPS, "config": {"rho": 0.5}}],
     "spo_chain": [
         {"config": {"interval": 1, "samples": 2}, "except_for": LONE_SEGMENTS},
