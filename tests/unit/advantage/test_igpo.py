@@ -147,6 +147,27 @@ class TestPlugin:
         histories = [[1, 2, 3], [1, 2, 3, 11, 12, 70], [1, 2, 3, 11, 12, 70, 13, 70]]
         assert run.asked == [([*history, 90, 91], "Ada") for history in histories]
 
+    def test_of_several_conversations_each_has_its_own_turns(self):
+        """The second begins its second turn later than the first, the third not at all."""
+        mask = torch.tensor([[1, 0, 1, 0, 0], [1, 1, 1, 0, 1], [1, 1, 0, 0, 0]], dtype=torch.bool)
+        run = Scores([-1.0, -2.0, -3.0, -1.0])
+        rows = batch(
+            uid=["0-1-0"] * 3,
+            session=[0, 1, 2],
+            response_mask=mask,
+            response_lengths=torch.tensor([3, 5, 2]),
+            responses=torch.tensor([[11, 70, 12, 0, 0], [21, 22, 23, 71, 24], [31, 32, 0, 0, 0]]),
+            prompts=torch.tensor([[1], [2], [3]]),
+            prompt_lengths=torch.tensor([1, 1, 1]),
+            old_log_probs=torch.zeros(3, 5),
+            rm_scores=torch.zeros(3, 5),
+            reward_model=[{"ground_truth": "Ada"}] * 3,
+        )
+        found = Igpo(Igpo.Config(by_std=False)).estimate_advantage(run, rows)
+        assert [history[:-2] for history, _ in run.asked] == [[1], [1, 11, 70], [2], [2, 21, 22, 23, 71]]
+        # gains -1 and 2 around their mean of 0.5, outcomes all alike
+        assert found.tolist() == [[-1.5, 0, 0, 0, 0], [1.5, 1.5, 1.5, 0, 0], [0, 0, 0, 0, 0]]
+
     def test_gains_and_outcomes_are_credited(self):
         run = Scores([-2.0, -1.0, -1.5])
         found = Igpo(Igpo.Config()).estimate_advantage(run, batch())

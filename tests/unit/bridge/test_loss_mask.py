@@ -119,6 +119,16 @@ def batch(log_probs: list[list[float]], lengths: list[int]) -> Batch:
     )
 
 
+def empty() -> Batch:
+    """One response of which the policy generated nothing."""
+    return Batch.from_tensors(
+        uid=["0-1-0"],
+        response_mask=torch.zeros(1, 1, dtype=torch.bool),
+        old_log_probs=torch.zeros(1, 1),
+        rm_scores=torch.zeros(1, 1),
+    )
+
+
 class TestPlugin:
     def test_tokens_below_rho_stay(self):
         run, probabilities = FakeRun(), torch.tensor([[0.85, 0.9, 0.95], [0.1, 0.99, 0.0001]])
@@ -131,6 +141,17 @@ class TestPlugin:
         run = FakeRun()
         ProbMask(ProbMask.Config(rho=0.5)).observe(run, batch([[-0.1, -0.2], [-2.0, -0.1]], [2, 2]))
         assert run.metrics == {"masked_out": pytest.approx(3 / 4), "rows_without": 0.5}
+
+    @pytest.mark.parametrize(("log_prob", "share"), [(-0.01, 1.0), (-3.0, 0.0)])
+    def test_a_single_token(self, log_prob, share):
+        run = FakeRun()
+        ProbMask(ProbMask.Config()).observe(run, batch([[log_prob]], [1]))
+        assert run.metrics == {"masked_out": share, "rows_without": share}
+
+    def test_no_token_at_all(self):
+        run = FakeRun()
+        ProbMask(ProbMask.Config()).observe(run, empty())
+        assert run.metrics == {"masked_out": 1.0, "rows_without": 1.0}
 
     def test_a_critic_is_refused(self, sentence):
         with pytest.raises(CompositionError) as refusal:

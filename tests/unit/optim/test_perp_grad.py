@@ -92,6 +92,11 @@ class TestDegenerateCases:
         assert float(found.gradients[0].norm()) < 1e-6 and found.guarded.tolist() == [True]
         assert float(found.removed) == pytest.approx(1)
 
+    def test_the_little_that_is_left_stays_as_little(self):
+        found = project([torch.tensor([1.0, 0.0])], [torch.tensor([10.0, 1e-4])], min_orth_ratio=1e-4)
+        assert found.guarded.tolist() == [True]
+        assert found.gradients[0].tolist() == [pytest.approx(0, abs=1e-6), pytest.approx(1e-4)]
+
     def test_without_rescaling_it_is_shorter(self):
         weight, gradient = torch.tensor([1.0, 0.0]), torch.tensor([3.0, 4.0])
         found = project([weight], [gradient], rescale=False)
@@ -159,6 +164,16 @@ class TestPlugin:
             {"strategy": "fsdp", "fsdp_config": {"use_orig_params": True}},
         ):
             plugin.check(OmegaConf.create({"actor_rollout_ref": {"actor": fine}}))
+
+    def test_sums_go_over_the_ranks_between_which_a_parameter_is_split(self, monkeypatch):
+        """Two dimensions of ranks: split over the second, copied over the first."""
+        asked = []
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums, group: asked.append(group))
+        split, whole = (SimpleNamespace(is_shard=lambda answer=answer: answer) for answer in (True, False))
+        parameter = SimpleNamespace(
+            placements=(whole, split), device_mesh=SimpleNamespace(get_group=lambda dim: f"group {dim}")
+        )
+        assert over_shards(parameter)(torch.tensor([2.0])).tolist() == [2.0] and asked == ["group 1"]
 
     def test_a_parameter_that_is_whole_needs_no_other_rank(self):
         assert over_shards(torch.nn.Linear(2, 2).weight)(torch.tensor([2.0])).tolist() == [2.0]

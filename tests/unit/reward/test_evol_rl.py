@@ -197,6 +197,39 @@ class TestPlugin:
         assert {key: run.metrics[key] for key in expected} == pytest.approx(expected)
         assert run.metrics["reward_std"] == pytest.approx(np.std([1.0, -1.0, 1.0, -0.5]))
 
+    def test_novelty_is_that_of_valid_responses(self):
+        run, plugin = FakeRun(), EvolRl(EvolRl.Config())
+        plugin.embed = lambda given: np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [1.0, 1.0]])
+        texts = [BOXED, "no box", BOXED, BOXED, "none", BOXED, BOXED]
+        rows = batch_of(texts, [1, 1, 1, 0, 0, 0, 0], uid=["0-1-0"] * 7, session=[*range(7)])
+        plugin.shape_rewards(run, rows)
+        # both of the majority are alike; of the minority two are, and the third is near all of them
+        near = 2**-0.5
+        alone = [1 - ((1 + near) / 2 + 1) / 2, 1 - ((1 + near) / 2 + 1) / 2, 1 - (near + near) / 2]
+        assert run.metrics["novelty_majority_mean"] == pytest.approx(0)
+        assert run.metrics["novelty_minority_mean"] == pytest.approx(np.mean(alone))
+
+    def test_it_needs_no_labels(self):
+        assert EvolRl.label_free
+
+    def test_an_empty_embedding_is_like_nothing(self):
+        found = one(([0.0, 0.0], True, True), ([1.0, 0.0], True, True), ([1.0, 0.0], True, True))
+        assert found == [1.0, 0.5, 0.5]
+        u, similar = novelty(
+            torch.tensor([[0.0, 0.0], [1e-5, 0.0]]),
+            torch.tensor([True, True]),
+            torch.tensor([True, True]),
+            Groups([0, 0]),
+        )
+        assert u.tolist() == [1.0, 1.0] and similar.tolist() == [0.0, 0.0]
+        u, similar = novelty(
+            torch.tensor([[1e-5, 0.0], [0.2, 0.0]]),
+            torch.tensor([True, True]),
+            torch.tensor([True, True]),
+            Groups([0, 0]),
+        )
+        assert similar.tolist() == pytest.approx([1.0, 1.0])
+
     def test_with_labels_the_scorer_decides(self):
         batch = batch_of([BOXED, BOXED], [0.3, 0.3], acc=[1.0, 0.0])
         EvolRl(EvolRl.Config(anchor="ground_truth")).shape_rewards(FakeRun(), batch)
