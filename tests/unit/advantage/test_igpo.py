@@ -192,8 +192,9 @@ class TestPlugin:
         assert not run.asked and run.metrics["fallback_frac"] == 1.0
         assert found[0].tolist() == pytest.approx([1, 1, 0, 1, 0, 1], abs=1e-3)
 
-    def test_a_belief_that_is_no_number_leaves_the_outcome(self):
-        run = Scores([-2.0, float("nan"), -1.0])
+    @pytest.mark.parametrize("place", range(3))
+    def test_a_belief_that_is_no_number_leaves_the_outcome(self, place):
+        run = Scores([float("nan") if number == place else -1.0 for number in range(3)])
         found = Igpo(Igpo.Config()).estimate_advantage(run, batch())
         assert run.metrics["fallback_frac"] == 1.0 and bool(found.isfinite().all())
 

@@ -188,6 +188,12 @@ class TestAdvantage:
         assert run.metrics["adv_nonzero_frac"] == 0.5
         assert run.metrics["segment_advantage_abs"] == pytest.approx((0.5 + 0.5 + 0.75) / 3)
 
+    def test_the_share_of_tokens_with_an_advantage(self):
+        run, rows = FakeRun(), batch()
+        rows._fields["old_log_probs"] = torch.tensor([[UNSURE, UNSURE, 0.7], [SURE, UNSURE, UNSURE]]).log()
+        SpoChain(SpoChain.Config(whiten="none")).estimate_advantage(run, rows)
+        assert run.metrics["adv_nonzero_frac"] == pytest.approx(4 / 6)
+
     def test_an_answer_cut_off_counts_as_wrong(self):
         found = SpoChain(SpoChain.Config(whiten="none")).estimate_advantage(FakeRun(), batch(truncated=True))
         assert found[0].tolist() == [0, -0.5, -0.5]
@@ -239,8 +245,10 @@ class TestLoss:
         assert logged["ratio_mean"] == pytest.approx(np.exp(0.1))
 
     def test_an_empty_mask_is_no_number_s_fault(self):
-        seen = tokens(torch.zeros(1, 2), {}, response_mask=torch.zeros(1, 2))
+        logged: dict = {}
+        seen = tokens(torch.zeros(1, 2), logged, response_mask=torch.zeros(1, 2))
         assert torch.isfinite(SpoChain(SpoChain.Config()).policy_loss(seen)).all()
+        assert logged == {"ratio_mean": 0.0, "clip_frac": 0.0}
 
     def test_kl_is_a_sum_over_each_response(self):
         logs = torch.tensor([[0.3, -0.2], [0.1, 0.4]])

@@ -88,6 +88,8 @@ class TestDegenerateCases:
 
     def test_a_gradient_along_the_weights_leaves_nothing_and_not_noise(self):
         along = torch.tensor([0.3, 0.1, 0.7])
+        small = project([along], [1e-3 * along], min_orth_ratio=1e-4)
+        assert float(small.gradients[0].norm()) < 1e-9 and small.guarded.tolist() == [True]
         found = project([along], [3 * along], min_orth_ratio=1e-4)
         assert float(found.gradients[0].norm()) < 1e-6 and found.guarded.tolist() == [True]
         assert float(found.removed) == pytest.approx(1)

@@ -209,6 +209,12 @@ class TestPlugin:
         assert run.metrics["novelty_majority_mean"] == pytest.approx(0)
         assert run.metrics["novelty_minority_mean"] == pytest.approx(np.mean(alone))
 
+    @pytest.mark.parametrize(("score", "there", "missing"), [(1, "majority", "minority"), (0, "minority", "majority")])
+    def test_a_side_that_nobody_is_on_has_no_novelty(self, score, there, missing):
+        run = FakeRun()
+        EvolRl(EvolRl.Config()).shape_rewards(run, batch_of([BOXED, BOXED, "no box", "none"], [score, score, 1, 0]))
+        assert f"novelty_{there}_mean" in run.metrics and f"novelty_{missing}_mean" not in run.metrics
+
     def test_it_needs_no_labels(self):
         assert EvolRl.label_free
 
