@@ -131,3 +131,38 @@ class TestCriticAdaptersPackingBypassAndTools:
     def test_adapters_are_all_that_was_trained(self, trained: Training) -> None:
         weights = torch.load(trained.out / "global_step_2/actor/model_world_size_1_rank_0.pt", weights_only=True)
         assert any("lora_A" in name for name in weights)
+
+
+class TestTurnsWithATool:
+    """Recipe igpo: answers that begin with a one are asked for again, and the turn before is paid for it."""
+
+    @pytest.fixture(scope="class")
+    def trained(self, out: Path) -> Training:
+        tools, agent = out / "igpo_tools.yaml", "actor_rollout_ref.rollout.multi_turn"
+        tools.write_text(TOOL)
+        return train(
+            "igpo",
+            out / "igpo",
+            *SHORT,
+            f"trainer.total_training_steps={STEPS}",
+            "~plugins.word_f1",
+            "plugins.igpo.sentence=' so: '",
+            f"{agent}.enable=true",
+            "actor_rollout_ref.rollout.agent.default_agent_loop=tool_agent",
+            f"{agent}.tool_config_path={tools}",
+            f"{agent}.format=begins_with_one",
+            f"{agent}.max_assistant_turns=2",
+            f"trainer.rollout_data_dir={out / 'igpo_rollouts'}",
+            site=HERE,
+        )
+
+    def test_turns_are_told_apart_and_paid(self, trained: Training) -> None:
+        healthy(trained, STEPS)
+        for step in trained.steps:
+            found = {key.removeprefix("plugins/igpo/"): value for key, value in step.items() if "/igpo/" in key}
+            text = (trained.out.parent / f"igpo_rollouts/{step['step']}.jsonl").read_text()
+            several = [REPLY in json.loads(line)["output"] for line in text.splitlines()]
+            assert 0 < sum(several) < len(several)
+            assert found["turns"] == pytest.approx(1 + sum(several) / len(several))
+            assert found["fallback_frac"] == 0 and found["info_gain_min"] < found["info_gain_max"]
+            assert found["outcome_mean"] == pytest.approx(step["health/reward"], abs=1e-6)
