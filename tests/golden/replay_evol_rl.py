@@ -28,7 +28,7 @@ def replay(case: Case, expected: dict) -> dict:
     plugin = EvolRl(EvolRl.Config(**options))
     valid = plugin.valid(None, pd.Series(texts, dtype=object).map(after_thinking))
     of_valid = [row for row, there in zip(given, valid.tolist(), strict=True) if there]
-    plugin.embed = lambda asked: np.array(of_valid).reshape(len(asked), -1)
+    plugin.embed = lambda asked: np.array(of_valid, dtype=float).reshape(len(asked), -1 if of_valid else 1)
     scores = torch.zeros(n, 2)
     scores[:, 1] = torch.tensor(case.input("majority_match"))
     batch = Batch.from_tensors(
