@@ -135,6 +135,21 @@ class TestDesign:
         with pytest.raises(CompositionError, match=says):
             from_options([str(tmp_path / "s.yaml")], (), ())
 
+    def test_a_file_of_python_that_cannot_be_run_is_one_sentence(self, tmp_path, sentence):
+        (tmp_path / "torn_task.py").write_text("def prepare(folder):\n  return 1 +\n")
+        (tmp_path / "s.yaml").write_text("study: {variants: {a: grpo}, prepare: torn_task.py:prepare}")
+        with pytest.raises(CompositionError) as refusal:
+            from_options([str(tmp_path / "s.yaml")], (), ())
+        sentence(refusal.value, "torn_task.py:prepare", "SyntaxError")
+
+    def test_a_task_that_cannot_be_made_is_one_sentence(self, tmp_path, sentence):
+        (tmp_path / "poor_task.py").write_text("def prepare(folder):\n    raise ValueError('no room')\n")
+        (tmp_path / "s.yaml").write_text("study: {variants: {a: grpo}, steps: 1, prepare: poor_task.py:prepare}")
+        what = from_options([str(tmp_path / "s.yaml")], (), ())
+        with pytest.raises(CompositionError) as refusal:
+            command.study(what, tmp_path / "out")
+        sentence(refusal.value, "prepare=poor_task.py:prepare", "ValueError: no room")
+
 
 class TestColumns:
     @pytest.fixture

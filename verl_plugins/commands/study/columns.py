@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 
 from verl_plugins.commands.curves import Run
+from verl_plugins.composition.look.words import short
 from verl_plugins.errors import CompositionError, nearest
 
 OF: Mapping[str, Callable[[pd.Series], float]] = {
@@ -155,7 +156,11 @@ def function(said: Any, folder: Path) -> Callable[..., Any]:
     if module is None or getattr(module, "__file__", None) != str(path):
         module = importlib.util.module_from_spec(spec)
         sys.modules[path.stem] = module
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[path.stem]
+            raise CompositionError(f"{said}: {path} cannot be run ({type(error).__name__}: {short(error)})") from error
     found = getattr(module, name, None)
     if not callable(found):
         raise CompositionError(f"{said}: {path} has no function {name}")

@@ -16,6 +16,7 @@ from rich.text import Text
 from verl_plugins.commands.study import report, results, training
 from verl_plugins.commands.study.design import Study
 from verl_plugins.commands.study.summary import Summary, summarise
+from verl_plugins.composition.look.words import short
 from verl_plugins.errors import CompositionError, PluginError, RunError, printable
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def study(what: Study, out: Path, jobs: int = 1, command: str | None = None) -> 
         (out / RUNS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"--out {out} cannot be written ({error.strerror}): name another folder") from error
-    made = [*what.prepare(out.absolute() / TASK)] if what.prepare else []
+    made = _made(what, out.absolute() / TASK)
     what = _with_steps(what, made)
     every = _jobs(what, made, out)
     keep = partial(_keep, known, what, out)
@@ -55,6 +56,14 @@ def study(what: Study, out: Path, jobs: int = 1, command: str | None = None) -> 
     found = [replace(one, variant=names[run]) for run, one in known.items() if run in names]
     _write(summarise(what, found), [*known.values()], out)
     return int(failed)
+
+
+def _made(what: Study, folder: Path) -> list[str]:
+    """The overrides that use the model and data of the study's own task."""
+    try:
+        return [*what.prepare(folder)] if what.prepare else []
+    except Exception as error:
+        raise CompositionError(f"prepare={what.task} failed ({type(error).__name__}: {short(error)})") from error
 
 
 def _jobs(what: Study, made: Sequence[str], out: Path) -> list[training.Job]:
