@@ -30,8 +30,10 @@ class PluginActorWorker(ActorRolloutRefWorker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
         if get_device_name() == "cpu":
+            from verl_plugins.cpu.engine import register_engine
             from verl_plugins.cpu.platform import unpin_offloading
 
+            register_engine()
             unpin_offloading()
         super().init_model()
 
