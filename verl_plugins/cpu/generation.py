@@ -17,6 +17,9 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from verl_plugins.errors import DataError
 
+BLOCK = 256
+"""Tokens whose probabilities are added up before it is known in which block the drawn one lies."""
+
 
 @dataclass
 class Request:
@@ -188,11 +191,11 @@ class _Sampler:
     def draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """[R,V] logits -> [R] tokens and their log-probs."""
         greedy = self.temperature <= 0
-        log_probs = torch.log_softmax(logits / torch.where(greedy, 1.0, self.temperature)[:, None], -1)
-        cumulative = self._truncated(log_probs.exp().double()).cumsum(-1)
-        target = self.uniforms[:, self.position, None] * cumulative[:, -1:]
-        sampled = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-        tokens = torch.where(greedy, logits.argmax(-1), sampled)
+        scale = torch.where(greedy, 1.0, self.temperature)
+        log_probs = torch.log_softmax(logits if bool((scale == 1).all()) else logits / scale[:, None], -1)
+        tokens = _inverted(self._truncated(log_probs.exp()), self.uniforms[:, self.position])
+        if bool(greedy.any()):
+            tokens = torch.where(greedy, logits.argmax(-1), tokens)
         self.position += 1
         return tokens, log_probs.gather(1, tokens[:, None])[:, 0]
 
@@ -204,10 +207,30 @@ class _Sampler:
             return probs
         ordered, order = probs.sort(-1, descending=True)
         place = torch.arange(vocabulary, device=probs.device)
-        kept = (place < top_k[:, None]).double() * ordered
+        kept = (place < top_k[:, None]) * ordered.double()
         before = kept.cumsum(-1) - kept
         kept = torch.where(before < self.top_p[:, None] * kept.sum(-1, keepdim=True), kept, 0.0)
-        return torch.zeros_like(probs).scatter_(1, order, kept)
+        return torch.zeros_like(probs).scatter_(1, order, kept.to(probs.dtype))
+
+
+def _inverted(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """[R] the first token at which the weights [R,V], added up and divided by their sum, exceed the row's number [R].
+
+    Added up in float64, first by blocks and then inside the block that was hit: only that one is gone through.
+    """
+    rows, vocabulary = weights.shape
+    blocks = torch.nn.functional.pad(weights, (0, -vocabulary % BLOCK)).view(rows, -1, BLOCK)
+    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    block = _first_above(ends, uniforms[:, None] * ends[:, -1:])
+    before = torch.nn.functional.pad(ends, (1, 0)).gather(1, block)
+    inside = blocks[torch.arange(rows, device=weights.device), block[:, 0]].double().cumsum(-1)
+    return (block * BLOCK + _first_above(inside, uniforms[:, None] * ends[:, -1:] - before))[:, 0]
+
+
+def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
+    """[R,1] the first place at which the sums [R,n] exceed target [R,1]; rounding never leads to one of weight 0."""
+    below_all = torch.nextafter(cumulative[:, -1:], torch.zeros(()).double())
+    return torch.searchsorted(cumulative, target.clamp(min=0).minimum(below_all), right=True)
 
 
 def _record(

@@ -9,15 +9,18 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 from verl.workers.config import RolloutConfig
 
 from verl_plugins import DataError
 from verl_plugins.cpu import rollout
-from verl_plugins.cpu.generation import Completion, Request, generate
+from verl_plugins.cpu.generation import BLOCK, Completion, Request, _inverted, generate
 from verl_plugins.cpu.model import ModelSettings, make_model, make_tokenizer
 
 SETTINGS = ModelSettings(hidden_size=32, layers=2, heads=1, kv_heads=1, intermediate_size=32, init_std=0.3)
@@ -90,6 +93,31 @@ class TestLogProbs:
             torch.testing.assert_close(
                 torch.tensor(done.log_probs), chosen(expected, done.token_ids), atol=1e-4, rtol=0
             )
+
+
+class TestInversion:
+    """A number in [0, 1) picks the token at which the weights, added up, exceed it."""
+
+    @given(
+        vocabulary=st.integers(1, 3 * BLOCK + 1),
+        kept=st.floats(0.002, 1),
+        uniform=st.one_of(st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 1 - 2**-53])),
+        seed=st.integers(0, 99),
+    )
+    def test_as_by_adding_up_all(self, vocabulary, kept, uniform, seed) -> None:
+        generator = np.random.default_rng(seed)
+        weights = generator.random((3, vocabulary), dtype=np.float32) * (generator.random((3, vocabulary)) < kept)
+        weights[:, generator.integers(vocabulary)] += 1e-3
+        drawn = _inverted(torch.from_numpy(weights), torch.full((3,), uniform, dtype=torch.float64)).numpy()
+        for row, token in zip(weights.astype(np.float64), drawn, strict=True):
+            share = np.concatenate([[0], row.cumsum() / row.sum()])
+            assert row[token] > 0
+            assert share[token] - 1e-12 <= uniform <= share[token + 1] + 1e-12
+
+    def test_weights_that_fall_into_the_last_place_of_a_block(self) -> None:
+        weights = torch.zeros(2, 2 * BLOCK)
+        weights[0, BLOCK - 1] = weights[1, BLOCK] = 0.3
+        assert _inverted(weights, torch.tensor([0.999, 0.0], dtype=torch.float64)).tolist() == [BLOCK - 1, BLOCK]
 
 
 class TestIndependence:
