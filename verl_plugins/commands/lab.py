@@ -36,7 +36,7 @@ def lab(name: str, given: Sequence[str] = (), seed: int = 0, out: Path | None = 
     recipe = of_lab(name, manifest.folders(manifest.entries()))
     if out:
         _make(out)
-    with _progress(name) as progress:
+    with _one_thread(), _progress(name) as progress:
         settings, found = labs.run(recipe, given, seed, progress)
     data = {"lab": name, "seed": seed, "settings": asdict(settings), "holds": not found.failed, **asdict(found)}
     _print(recipe.title or name, found)
@@ -59,6 +59,19 @@ def _make(out: Path) -> None:
         raise RunError(
             f"--out {out} cannot be made ({error.strerror}): give a folder that can be written to"
         ) from error
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """What labs compute is small: threads would wait for each other, and sums would depend on how many there are."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
