@@ -6,7 +6,7 @@ These are the types plugins are written against; `bridge/` provides them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -217,6 +217,20 @@ class Actor(Protocol):
     """The training step, from 1."""
     mini_batch: int
     """Optimiser steps already made in this training step."""
+
+    def parameters(self) -> list[Tensor]:
+        """This rank's parts of the parameters that are trained; to write into one changes the model."""
+
+    def logits(self, tokens: int, at: Iterable[Tensor] | None = None) -> Tensor:
+        """[n,V] logits that predict response tokens of this mini-batch, over the temperature and after `shape_logits`.
+
+        At the parameters as they are, or at others, a tensor for each of `parameters()`, which are taken back whatever
+        happens. `tokens` response tokens of all ranks together, evenly spread, the same in each call; without gradient
+        or dropout, in single precision or better. All ranks must call it together; declare `logits` in `needs`.
+        """
+
+    def gather(self, values: Tensor) -> Tensor:
+        """[any] values of all ranks, one rank's after the other's; all must call it together, some may have none."""
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Add metrics; `key` appears as `plugins/<plugin>/<key>`, averaged over the mini-batches of the step."""

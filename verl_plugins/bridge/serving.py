@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import ray
+
+from verl_plugins.bridge.logits import STAGE
 from verl_plugins.cpu.registration import ROLLOUT_NAME
 
 
@@ -28,6 +31,11 @@ class ServesRollouts:
         from verl_plugins.cpu.client import CLIENTS
 
         return self.llm_server_manager.get_client(client_cls=CLIENTS[type(client)], server=servers[0])
+
+    def _shape_served_logits(self, section: dict[str, dict[str, Any]]) -> None:
+        """Where plugins shape logits, the servers build them too; other servers than ours were refused."""
+        if self.plugins.implements(STAGE):
+            ray.get([server.set_plugins.remote(section) for server in self.llm_server_manager.server_handles])
 
     def on_init_end(self) -> None:
         super().on_init_end()

@@ -18,6 +18,7 @@ MODES = ("sync", "colocate_async")
 NEEDS = (
     "current_entropy",
     "entropy",
+    "logits",
     "old_log_probs",
     "prompt_log_probs",
     "ref_log_probs",
@@ -124,6 +125,8 @@ def _provide(config: DictConfig, need: str, plugin: Plugin) -> None:
             f"plugin {plugin.name!r} needs {need}, which algorithm.rollout_correction.bypass_mode=True leaves out "
             f"because it skips the forward pass before the update: set it to False"
         )
+    if need == "logits":
+        refusals.check_logits(config, f"plugin {plugin.name!r} needs logits (actor.logits)")
     with open_dict(config):
         if need == "rollout_log_probs":
             config.actor_rollout_ref.rollout.calculate_log_probs = True

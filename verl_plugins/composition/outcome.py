@@ -113,6 +113,20 @@ def _loss(losses: Any, arguments: Mapping[str, Any]) -> None:
     _of_tokens("policy_loss", losses, arguments["tokens"])
 
 
+def _shaped_logits(shaped: Any, arguments: Mapping[str, Any]) -> None:
+    """Their values are not looked at: there are a vocabulary's for every token, and what is wrong shows in the loss."""
+    logits = arguments["logits"]
+    if shaped is None:
+        return
+    if not hasattr(shaped, "is_floating_point"):
+        raise ResultError(f"shape_logits returned {_kind(shaped)}, expected logits {tuple(logits.shape)}")
+    if shaped.shape != logits.shape:
+        raise ResultError(f"shape_logits returned shape {tuple(shaped.shape)}, expected that of the logits, "
+                          f"{tuple(logits.shape)}")
+    if not shaped.is_floating_point():
+        raise ResultError(f"shape_logits returned {shaped.dtype}, expected floating numbers")
+
+
 def _terms(terms: Any, arguments: Mapping[str, Any]) -> None:
     if terms is None:
         return
@@ -211,6 +225,7 @@ CHECKS: Mapping[str, Check] = {
     "prepare_prompts": _prepared("prepare_prompts"),
     "prepare_validation": _prepared("prepare_validation"),
     "rollout_group": _group,
+    "shape_logits": _shaped_logits,
     "score_answer": _scored,
     "shape_rewards": _shaped,
     "select_rows": _chosen_rows,

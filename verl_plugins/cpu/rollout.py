@@ -25,6 +25,8 @@ from verl.workers.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput
 
+from verl_plugins.bridge import census
+from verl_plugins.bridge.logits import shape
 from verl_plugins.cpu.generation import Completion, Request, end_tokens, generate
 from verl_plugins.errors import DataError
 
@@ -101,6 +103,10 @@ class TransformersServer:
         """Start serving."""
         self._loop_task = asyncio.create_task(self._serve())
         return True
+
+    async def set_plugins(self, section: dict[str, dict[str, Any]]) -> None:
+        """Build this process's plugins and have them shape the model's logits; once, before the first request."""
+        shape(census.build(section, "rollout server"), self.model)
 
     async def generate(self, request_id: str, prompt_ids: list[int], sampling_params: dict[str, Any], **_: Any):
         """Continue one prompt; an interrupted request comes back with what it has and stop_reason `aborted`."""

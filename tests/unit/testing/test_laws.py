@@ -71,6 +71,14 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"config": {"anchor": "ground_truth", "valid": "answer_extracted", "single_valid": "band", "min_spread": 0.2}},
     ],
     "perp_grad": [{"scenario": FSDP2}, {"scenario": FSDP2, "config": {"granularity": "global", "min_ndim": 0}}],
+    "ghosts_of_softmax": [
+        {"scenario": FSDP2},
+        {"scenario": FSDP2, "config": {"target_r": 1e-3, "quantile": 0.9}},
+        {"scenario": FSDP2, "config": {"mode": "diagnose", "radius": "top2", "every": 2}},
+    ],
+    "stablemax": [{"config": {"allow_pretrained": True}}, {"config": {"allow_pretrained": True, "dtype": "float64"}}],
+    "saturation": [{}, {"config": {"probe_tokens": 0}}],
+    "lr_spike": [{"config": {"step": 3}}],
     "prob_mask": [{"scenario": OF_GROUPS, "config": {"rho": 0.5}}],
     "spo_chain": [
         {"config": {"interval": 1, "samples": 2}, "except_for": LONE_SEGMENTS},
