@@ -15,8 +15,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
-from verl_plugins.batch import Addition
 from verl_plugins.composition.compose import verl_config
+from verl_plugins.fields import Addition
 from verl_plugins.services import Answer, Prompt, Rollout, Verdict
 from verl_plugins.testing.fakes import FakeTokenizer, plausible
 
