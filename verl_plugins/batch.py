@@ -46,7 +46,7 @@ class Batch(SelectsRows):
         turns = torch.as_tensor(fields.pop("turn", [0] * len(uid))).clone()
         keys = [f"{u}_{s}_{t}" for u, s, t in zip(uid, sessions.tolist(), turns.tolist(), strict=True)]
         tokenizer, budget = fields.pop("tokenizer", None), fields.pop("budget", None)
-        fields |= {"__truncated__": fields.pop("truncated")} if "truncated" in fields else {}
+        fields |= {f"__{name}__": fields.pop(name) for name in ("truncated", "offset") if name in fields}
         batch = cls(TensorSource(keys, fields), tokenizer=tokenizer, budget=budget, full=full)
         batch.uid, batch.session, batch.turn = np.asarray(uid, dtype=object), sessions, turns
         return batch
@@ -204,8 +204,20 @@ class Batch(SelectsRows):
 
     @cached_property
     def lengths(self) -> Tensor:
-        """[B] int64 response length in tokens, tool output included."""
+        """[B] int64 length of the row's response, or of its segment of one, in tokens, tool output included."""
         return torch.as_tensor(self._field("response_lengths"))
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """[B] int64 tokens of the response in the row's context: 0 unless it is a later segment of its response."""
+        with contextlib.suppress(KeyError):
+            return torch.as_tensor(self._source.fetch("__offset__"))
+        return torch.zeros(len(self), dtype=torch.int64)
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """[B] int64 tokens of the response up to the row's end: of its session's last row, the response's length."""
+        return self.lengths + self.offsets
 
     @cached_property
     def budgets(self) -> Tensor:
@@ -233,8 +245,11 @@ class Batch(SelectsRows):
 
     @cached_property
     def text(self) -> list[str]:
-        """[B] decoded responses."""
+        """[B] decoded responses, each up to the row's end."""
         ids = [row[:n].tolist() for row, n in zip(self.responses, self.lengths.tolist(), strict=True)]
+        if self.offsets.any():
+            known = zip(self.extra("prompts"), self.prompt_lengths.tolist(), self.offsets.tolist(), ids, strict=True)
+            ids = [[*prompt[n - before : n].tolist(), *row] for prompt, n, before, row in known]
         return self._tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     @property

@@ -246,7 +246,7 @@ class Episode:
         self.recorder.note_metrics(run.step, "rollout_group", own.metrics, f"prompt {prompt.id}")
         if rollouts is None:
             return self._answers(run, prompt, place, range(prompt.group_size or self._scenario.group_size))
-        if not rollouts:
+        if not rollouts and not any(self._fails(place, number) for number in range(started)):
             raise StageFailed("rollout_group", "gives no rollouts")
         texts = [rollout.text for rollout in rollouts]
         self.recorder.note(run.step, "rollout_group", f"the group of prompt {prompt.id}", texts)

@@ -285,39 +285,47 @@ class World:
         return -self.rng(step, prompt, number, 1).exponential(1.0, size)
 
     def table(self, step: int, groups: Sequence[Sequence[Rollout]]) -> Table:
-        """The scored rows of a step in the trainer's order: sorted by key."""
-        rows = {
-            f"{group[0].outputs['prompt'].id}-{step}-{place}_{session}_0": rollout
+        """The scored rows of a step in the trainer's order: sorted by key. A group of which all failed has none."""
+        pieces = {
+            f"{rollout.outputs['prompt'].id}-{step}-{place}_{session}_{turn}": piece
             for place, group in enumerate(groups)
             for session, rollout in enumerate(group)
+            for turn, piece in enumerate(_pieces(rollout))
         }
-        keys = sorted(rows)
-        rollouts = [rows[key] for key in keys]
-        prompts = [rollout.outputs["prompt"] for rollout in rollouts]
-        ids = [torch.tensor(rollout.response_ids) for rollout in rollouts]
-        questions = [torch.tensor(TOKENIZER.apply_chat_template(prompt.messages)) for prompt in prompts]
+        keys = sorted(pieces)
+        rows = [pieces[key] for key in keys]
+        prompts = [piece.of.outputs["prompt"] for piece in rows]
+        questions = [
+            torch.tensor(TOKENIZER.apply_chat_template(prompt.messages) + piece.before)
+            for prompt, piece in zip(prompts, rows, strict=True)
+        ]
+        ids = [torch.tensor(piece.ids) for piece in rows]
         rewards = [torch.zeros(len(row)) for row in ids]
-        for row, rollout in zip(rewards, rollouts, strict=True):
-            row[-1] = rollout.score
+        for row, piece in zip(rewards, rows, strict=True):
+            row[-1] = piece.of.score
         columns = {
             "uid": _uids(keys),
             "responses": _pad(ids),
-            "response_mask": _pad([torch.tensor(rollout.outputs["mask"]) for rollout in rollouts]),
+            "response_mask": _pad([torch.tensor(piece.cut(piece.rollout.outputs["mask"], [0])) for piece in rows]),
             "response_lengths": torch.tensor([len(row) for row in ids]),
             "prompts": _pad(questions),
             "prompt_lengths": torch.tensor([len(row) for row in questions]),
             "rm_scores": _pad(rewards),
-            "verdict": torch.tensor([float(rollout.correct) for rollout in rollouts]),
-            "extra_fields": [{"reward_extra_info": rollout.info, **rollout.fields} for rollout in rollouts],
+            "verdict": torch.tensor([float(piece.of.correct) for piece in rows]),
+            "extra_fields": [{"reward_extra_info": piece.of.info, **piece.of.fields, **piece.fields} for piece in rows],
         }
+        if any(piece.of.segments for piece in rows):
+            columns["__offset__"] = torch.tensor([piece.start for piece in rows])
+            columns["__truncated__"] = torch.tensor([piece.of.truncated for piece in rows])
         names = {name for prompt in prompts for name in prompt.row if name != "__rollout_n__"}
         columns |= {name: [prompt.row.get(name) for prompt in prompts] for name in sorted(names)}
-        return Table(keys, columns | self._policy(step, rollouts, columns["prompt_lengths"]))
+        return Table(keys, columns | self._policy(step, rows, columns["prompt_lengths"]))
 
-    def _policy(self, step: int, rollouts: Sequence[Rollout], prompt_lengths: Tensor) -> dict[str, Tensor]:
+    def _policy(self, step: int, rows: Sequence[_Piece], prompt_lengths: Tensor) -> dict[str, Tensor]:
         """What a policy, and a reference, would say of the responses; `log_probs` is the policy after some updates."""
         found: dict[str, list[Tensor]] = {}
-        for rollout, prompt_length in zip(rollouts, prompt_lengths.tolist(), strict=True):
+        for piece, prompt_length in zip(rows, prompt_lengths.tolist(), strict=True):
+            rollout = piece.rollout
             size, place = len(rollout.response_ids), (rollout.outputs["prompt"].id, rollout.outputs["number"])
             old, rng = self._said(step, *place, size), self.rng(step, *place, 3)
             values = {
@@ -327,11 +335,41 @@ class World:
                 "current_entropy": rng.uniform(0.05, 2.0, size),
                 "rollout_log_probs": rollout.log_probs,
                 "ref_log_prob": np.minimum(old + rng.normal(0, 0.5, size), -1e-3),
-                "prompt_log_probs": -rng.exponential(1.0, prompt_length - 1),
             }
+            values = {name: piece.cut(list(value), [0.0]) for name, value in values.items()}
+            values["prompt_log_probs"] = -rng.exponential(1.0, prompt_length - 1)
             for name, value in values.items():
                 found.setdefault(name, []).append(torch.tensor(value, dtype=torch.float32))
         return {name: _pad(rows) for name, rows in found.items()}
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The tokens of a row: those of `rollout` from `start` to `end`, published for the response `of`."""
+
+    of: Rollout
+    rollout: Rollout
+    start: int
+    end: int
+    fields: Mapping[str, Any]
+
+    @property
+    def before(self) -> list[int]:
+        return self.rollout.response_ids[: self.start]
+
+    @property
+    def ids(self) -> list[int]:
+        return self.cut(self.rollout.response_ids, [TOKENIZER.eos_token_id])
+
+    def cut(self, values: Sequence[Any], otherwise: list[Any]) -> list[Any]:
+        """One value per token; an empty row has one token that the policy did not generate."""
+        return list(values[self.start : self.end]) or otherwise
+
+
+def _pieces(rollout: Rollout) -> list[_Piece]:
+    """The rows of a response."""
+    whole = _Piece(rollout, rollout, 0, len(rollout.response_ids), {})
+    return [_Piece(rollout, part.rollout, part.start, part.end, part.fields) for part in rollout.segments] or [whole]
 
 
 def _uids(keys: Sequence[str]) -> list[str]:
