@@ -23,7 +23,8 @@ from verl_plugins.services import Answer, Generated, Prompt, Prompts, Rollout, V
 from verl_plugins.testing.actor import ActorPart
 from verl_plugins.testing.fakes import FakeRun
 from verl_plugins.testing.record import Recorder, StageFailed, batch_inputs
-from verl_plugins.testing.scenario import POLICY_FIELDS, TOKENIZER, Change, Scenario, Table, World, stored_as
+from verl_plugins.testing.scenario import POLICY_FIELDS, TOKENIZER, Change, Scenario, World, stored_as
+from verl_plugins.testing.table import Table
 
 PROCESSES = ("driver", "agent_loop", "reward", "actor")
 DISTURBED = ("old_log_probs", "log_probs", "entropy", "current_entropy", "rollout_log_probs", "ref_log_prob")
