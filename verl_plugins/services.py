@@ -187,6 +187,25 @@ class Rollout:
     """Of each token of the response: 1 if the policy generated it in this session, 0 of a prefix or a tool."""
     fields: dict[str, Any] = field(default_factory=dict)
     """Put here, values travel with the row: later stages read them with `batch.extra(name)`."""
+    segments: list[Segment] = field(default_factory=list)
+    """The rows it is published as, in the order of their tokens; none: one row, of all its tokens."""
+
+
+@dataclass
+class Segment:
+    """Tokens of a response as a row of their own; what stands before them is its context and is not trained on.
+
+    A response counts once, by its last segment, whose end is the response's and which alone may be empty. What another
+    response begins with as well is published with one of them.
+    """
+
+    rollout: Rollout
+    """In which they were generated, with their mask and log-probs: the response itself, or what it continues."""
+    start: int
+    end: int
+    """Places in the tokens of the response, the end not included."""
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Travel with this row, besides those of the response."""
 
 
 @dataclass(frozen=True)

@@ -472,7 +472,8 @@ class TestRows:
         assert (mine["keys"], mine["partition"], mine["tags"]) == (verls["keys"], verls["partition"], verls["tags"])
         assert mine["fields"].batch_size == verls["fields"].batch_size
         extra, omitted = set(mine["fields"].keys()), set(verls["fields"].keys())
-        assert extra - omitted == {rows.VERDICT, rows.TRUNCATED}
+        assert extra - omitted == {rows.VERDICT, rows.TRUNCATED, rows.OFFSET}
+        assert mine["fields"][rows.OFFSET].tolist() == [0] * turns
         assert omitted - extra <= set(rows.USELESS)
         asked = {rows.ROLLOUT_N: 8, rows.MAX_TOKENS: 16}
         assert {name: mine["fields"][name].tolist() for name in asked} == {k: [v] * turns for k, v in asked.items()}

@@ -15,9 +15,10 @@ from torch import Tensor
 from transfer_queue import KVBatchMeta
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
-from verl_plugins.batch import Addition, Batch
+from verl_plugins.batch import Batch
 from verl_plugins.bridge.rows import TRUNCATED, VERDICT
 from verl_plugins.errors import DataError
+from verl_plugins.fields import Addition
 
 
 def store_additions(meta: KVBatchMeta, batch: Batch, eos: int | None) -> KVBatchMeta:

@@ -20,13 +20,14 @@ from verl_plugins.bridge.additions import store_additions
 from verl_plugins.bridge.loss import LOSS_STAGES, ROW_FIELD
 from verl_plugins.bridge.queue import is_padding
 from verl_plugins.bridge.rollout import METRICS_FIELD
-from verl_plugins.bridge.rows import MAX_TOKENS, ROLLOUT_N, TRUNCATED
+from verl_plugins.bridge.rows import MAX_TOKENS, OFFSET, ROLLOUT_N, TRUNCATED
 from verl_plugins.bridge.sending import SendsRows
 from verl_plugins.diagnostics.budget import rollout_budget
 from verl_plugins.diagnostics.health import group_health, policy_health, reward_parts, signal_health
 from verl_plugins.tokens import row_number
 
-HEALTH_FIELDS = ("responses", "verdict", "rollout_log_probs", "extra_fields", ROLLOUT_N, MAX_TOKENS, TRUNCATED)
+HEALTH_FIELDS = ("responses", "verdict", "rollout_log_probs", "extra_fields", ROLLOUT_N, MAX_TOKENS)
+HEALTH_FIELDS += (TRUNCATED, OFFSET)
 """What nothing but the metrics of every step reads; columns that do not exist in a run are left out."""
 
 

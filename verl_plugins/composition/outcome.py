@@ -77,6 +77,23 @@ def _group(rollouts: Any, arguments: Mapping[str, Any]) -> None:
         raise ResultError(f"rollout_group returned {_kind(rollouts)}, expected a list of what sample() gave")
     if len({id(rollout.outputs) for rollout in rollouts}) != len(rollouts):
         raise ResultError("rollout_group returned a rollout twice; sample another one instead")
+    for rollout in rollouts:
+        _in_segments(rollout)
+
+
+def _in_segments(rollout: Rollout) -> None:
+    """Its segments follow each other within the response, and the last one ends it."""
+    ids, before = list(rollout.response_ids), 0
+    for place, segment in enumerate(rollout.segments, 1):
+        last = place == len(rollout.segments)
+        what = f"rollout_group: segment {place} of a response of {len(ids)} tokens is {segment.start} to {segment.end}"
+        if not before <= segment.start <= segment.end <= len(ids) or (segment.start == segment.end and not last):
+            raise ResultError(f"{what}; segments follow each other from {before} on, and only the last may be empty")
+        if last and segment.end != len(ids):
+            raise ResultError(f"{what}; the last one ends the response, which counts by it")
+        if list(segment.rollout.response_ids[: segment.end]) != ids[: segment.end]:
+            raise ResultError(f"{what}, and its rollout has other tokens there")
+        before = segment.end
 
 
 def _scored(verdict: Any, arguments: Mapping[str, Any]) -> None:

@@ -29,7 +29,7 @@ def group_health(batch: Batch) -> dict[str, float]:
     right, wrong = groups.all(correct)[one_per_group], groups.all(~correct)[one_per_group]
     off_size = (groups.count() != torch.as_tensor(batch.extra("__rollout_n__")))[one_per_group]
     lengths = {
-        f"health/length_{which}": float(batch.lengths[rows].float().mean())
+        f"health/length_{which}": float(batch.ends[rows].float().mean())
         for which, rows in (("right", correct & batch.is_last), ("wrong", ~correct & batch.is_last))
         if rows.any()
     }

@@ -19,7 +19,8 @@ from verl_plugins.errors import DataError
 from verl_plugins.plugin import Plugin
 from verl_plugins.testing.fakes import FakeActor
 from verl_plugins.testing.record import Recorder
-from verl_plugins.testing.scenario import Change, Table, stored_as
+from verl_plugins.testing.scenario import Change, stored_as
+from verl_plugins.testing.table import Table
 from verl_plugins.tokens import Tokens, row_number
 
 ALWAYS = ("prompts", "responses", "response_mask", "old_log_probs", "advantages")

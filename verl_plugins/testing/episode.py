@@ -23,7 +23,8 @@ from verl_plugins.services import Answer, Generated, Prompt, Prompts, Rollout, V
 from verl_plugins.testing.actor import ActorPart
 from verl_plugins.testing.fakes import FakeRun
 from verl_plugins.testing.record import Recorder, StageFailed, batch_inputs
-from verl_plugins.testing.scenario import POLICY_FIELDS, TOKENIZER, Change, Scenario, Table, World, stored_as
+from verl_plugins.testing.scenario import POLICY_FIELDS, TOKENIZER, Change, Scenario, World, stored_as
+from verl_plugins.testing.table import Table
 
 PROCESSES = ("driver", "agent_loop", "reward", "actor")
 DISTURBED = ("old_log_probs", "log_probs", "entropy", "current_entropy", "rollout_log_probs", "ref_log_prob")
@@ -246,7 +247,7 @@ class Episode:
         self.recorder.note_metrics(run.step, "rollout_group", own.metrics, f"prompt {prompt.id}")
         if rollouts is None:
             return self._answers(run, prompt, place, range(prompt.group_size or self._scenario.group_size))
-        if not rollouts:
+        if not rollouts and not any(self._fails(place, number) for number in range(started)):
             raise StageFailed("rollout_group", "gives no rollouts")
         texts = [rollout.text for rollout in rollouts]
         self.recorder.note(run.step, "rollout_group", f"the group of prompt {prompt.id}", texts)

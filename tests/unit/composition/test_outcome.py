@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,7 @@ from verl_plugins.composition.blame import whose
 from verl_plugins.composition.manager import Plugins
 from verl_plugins.errors import ResultError
 from verl_plugins.hookspecs import FIRST_RESULT
-from verl_plugins.services import Prompt, Prompts, Rollout, Verdict
+from verl_plugins.services import Prompt, Prompts, Rollout, Segment, Verdict
 from verl_plugins.testing import FakeDataset, FakeRun
 from verl_plugins.tokens import Tokens
 
@@ -89,6 +90,15 @@ def gives_async(value: Any) -> Callable:
 
 RUN = FakeRun(FakeDataset(10))
 TWICE = rollout()
+
+
+def in_segments(*places: tuple[int, int], ids: tuple[int, ...] = (1, 2, 3)) -> Rollout:
+    """A response of three tokens, its segments taken from one that begins with `ids`."""
+    whole = dataclasses.replace(rollout(), response_ids=[1, 2, 3])
+    whole.segments = [Segment(dataclasses.replace(rollout(), response_ids=list(ids)), *place) for place in places]
+    return whole
+
+
 CASES: list[tuple[str, Callable, dict[str, Any], str]] = [
     ("select_prompts", gives([1, 1, 2]), {"run": RUN, "count": 3}, "2 distinct prompt ids; 3 are asked"),
     ("select_prompts", gives([1, 2]), {"run": RUN, "count": 3}, "2 distinct prompt ids; 3 are asked"),
@@ -126,6 +136,17 @@ CASES: list[tuple[str, Callable, dict[str, Any], str]] = [
     ("score_answer", gives(Verdict(1.0, True, {"part": NAN})), {"answer": None}, "part=nan"),
     ("rollout_group", gives_async(["text"]), {"prompt": None, "sample": None}, "expected a list of what sample() gave"),
     ("rollout_group", gives_async([TWICE, TWICE]), {"prompt": None, "sample": None}, "returned a rollout twice"),
+    *[
+        ("rollout_group", gives_async([in_segments(*places, ids=ids)]), {"prompt": None, "sample": None}, says)
+        for places, ids, says in (
+            ([(0, 2), (1, 3)], (1, 2, 3), "segment 2 of a response of 3 tokens is 1 to 3; segments follow each other"),
+            ([(1, 1), (1, 3)], (1, 2, 3), "only the last may be empty"),
+            ([(2, 1)], (1, 2, 3), "follow each other from 0 on"),
+            ([(0, 4)], (1, 2, 3, 4), "segment 1 of a response of 3 tokens is 0 to 4"),
+            ([(0, 2)], (1, 2, 3), "the last one ends the response"),
+            ([(0, 1), (1, 3)], (1, 7, 3), "segment 2 of a response of 3 tokens is 1 to 3, and its rollout has other"),
+        )
+    ],
 ]
 
 

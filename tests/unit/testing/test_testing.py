@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from verl_plugins import CompositionError, DataError, Plugin, Verdict, hookimpl, setting
+from verl_plugins import CompositionError, DataError, Plugin, Segment, Verdict, hookimpl, setting
 from verl_plugins.composition.needs import NEEDS
 from verl_plugins.hookspecs import STAGES
 from verl_plugins.testing import PluginCheckError, Scenario, check_plugin
@@ -125,6 +125,38 @@ class Sound(Plugin):
 
     def load_state_dict(self, state):
         self.seen, self.steps, self.norms = state["seen"].copy(), state["steps"], state["norms"].clone()
+
+
+class Cuts(Plugin):
+    """Every response in two segments, behind the first of which another response stands as well."""
+
+    name = "cuts"
+
+    @hookimpl
+    async def rollout_group(self, run, prompt, sample):
+        found = []
+        for begun in await sample(3, max_tokens=3):
+            first = Segment(begun, 0, len(begun.response_ids), {"value": 0.5})
+            ends = await sample(2, prefix=begun.response_ids) if begun.truncated else [begun]
+            for end in ends:
+                end.segments = [Segment(end, first.end, len(end.response_ids), {"value": 1.0})]
+            if begun.truncated and ends:
+                ends[0].segments.insert(0, first)
+            elif ends:
+                begun.segments = [first]
+            found += ends
+        return found
+
+    @hookimpl
+    def estimate_advantage(self, run, batch):
+        centred = (batch.scores - batch.groups.mean(batch.scores)) * torch.as_tensor(batch.extra("value"))
+        run.log({"rows_of_a_response": len(batch) / len(batch.sessions), "length": batch.ends.float().mean()})
+        return batch.to_tokens(centred / batch.ends)
+
+
+def test_a_plugin_that_publishes_segments():
+    check_plugin(Cuts)
+    check_plugin(Cuts, scenario=Scenario(tokens=5, seed=3))
 
 
 @pytest.mark.parametrize(
