@@ -20,6 +20,9 @@ from verl_plugins.fields import LOSS_MASK, RESERVED, Fields, Source, TensorSourc
 from verl_plugins.groups import Groups
 from verl_plugins.selecting import SelectsRows
 
+TOLD = {"truncated", "offset", "lag", "lag_steps"}
+"""What the bridge says of rows, under names of its own."""
+
 
 class Batch(SelectsRows):
     """The responses of one training step, padding rows left out; fields are fetched when first read.
@@ -46,7 +49,7 @@ class Batch(SelectsRows):
         turns = torch.as_tensor(fields.pop("turn", [0] * len(uid))).clone()
         keys = [f"{u}_{s}_{t}" for u, s, t in zip(uid, sessions.tolist(), turns.tolist(), strict=True)]
         tokenizer, budget = fields.pop("tokenizer", None), fields.pop("budget", None)
-        fields |= {f"__{name}__": fields.pop(name) for name in ("truncated", "offset") if name in fields}
+        fields |= {f"__{name}__": fields.pop(name) for name in TOLD & fields.keys()}
         batch = cls(TensorSource(keys, fields), tokenizer=tokenizer, budget=budget, full=full)
         batch.uid, batch.session, batch.turn = np.asarray(uid, dtype=object), sessions, turns
         return batch
@@ -210,14 +213,28 @@ class Batch(SelectsRows):
     @cached_property
     def offsets(self) -> Tensor:
         """[B] int64 tokens of the response in the row's context: 0 unless it is a later segment of its response."""
+        return self._told("__offset__")
+
+    def _told(self, name: str) -> Tensor:
+        """[B] int64 what the bridge says of each row, 0 where it says nothing."""
         with contextlib.suppress(KeyError):
-            return torch.as_tensor(self._source.fetch("__offset__"))
+            return torch.as_tensor(self._source.fetch(name))
         return torch.zeros(len(self), dtype=torch.int64)
 
     @cached_property
     def ends(self) -> Tensor:
         """[B] int64 tokens of the response up to the row's end: of its session's last row, the response's length."""
         return self.lengths + self.offsets
+
+    @cached_property
+    def lag(self) -> Tensor:
+        """[B] int64 optimiser updates between the weights that began to generate a response and those trained now."""
+        return self._told("__lag__")
+
+    @cached_property
+    def lag_steps(self) -> Tensor:
+        """[B] int64 the same in steps, which asynchronous modes bound; 0 in `sync`."""
+        return self._told("__lag_steps__")
 
     @cached_property
     def budgets(self) -> Tensor:

@@ -38,6 +38,8 @@ class Run(Protocol):
     """The whole composed configuration."""
     step: int
     """The training step, from 1."""
+    update: int
+    """The update, from 1: `step`, but in `separate_async`, where a step has `parameter_sync_step` of them."""
     tokenizer: Any
     dataset: Dataset
 

@@ -32,7 +32,7 @@ import verl_plugins
 from verl_plugins.bridge import RUN_VARIABLE, rows
 from verl_plugins.bridge.defaults import clipped_loss
 from verl_plugins.bridge.sending import FORWARD_FIELDS, LOSS_FIELDS
-from verl_plugins.bridge.trainer import TRAINERS
+from verl_plugins.bridge.runner import TRAINERS
 from verl_plugins.composition.compose import compose
 from verl_plugins.cpu.model import make_tokenizer
 from verl_plugins.cpu.registration import ROLLOUT_NAME
@@ -174,6 +174,28 @@ SYMBOLS: list[tuple[str, str, str | None]] = [
     ("verl.plugin.platform.platform_base", "PlatformBase", None),
     (PLATFORM, "PlatformRegistry.register", "platform"),
     (PLATFORM, "set_platform", "platform"),
+    # separate_async
+    ("verl.trainer.ppo.v1", "trainer_separate_async.logger", None),
+    ("verl.trainer.ppo.v1.trainer_separate_async", "PPOTrainerSeparateAsync._setup", "self"),
+    ("verl.trainer.ppo.v1.trainer_separate_async", "PPOTrainerSeparateAsync._init_resource_pool_mgr", "self"),
+    ("verl.experimental.separation.engine_workers", "DetachActorWorker.copy_handler", None),
+    ("verl.checkpoint_engine.base", "CheckpointEngineRegistry.register", "backend"),
+    ("verl.checkpoint_engine.base", "CheckpointEngine.prepare", "self"),
+    ("verl.checkpoint_engine.base", "CheckpointEngine.build_topology", "actor_wg_world_size rollout_world_size metadata"),
+    ("verl.checkpoint_engine.base", "CheckpointEngine.init_process_group", "self"),
+    ("verl.checkpoint_engine.base", "CheckpointEngine.finalize", "self"),
+    ("verl.checkpoint_engine.base", "CheckpointEngine.send_weights", "self weights global_steps"),
+    ("verl.checkpoint_engine.base", "CheckpointEngine.receive_weights", "self global_steps"),
+    ("verl.workers.rollout.utils", "ensure_async_iterator", "iterable"),
+    # the engine of a CPU
+    ("verl.workers.engine.base", "EngineRegistry._engines", None),
+    ("verl.workers.engine.base", "EngineRegistry.register", "model_type backend device vendor"),
+    ("verl.workers.engine.fsdp.transformer_impl", "FSDPEngineWithLMHead.prepare_model_inputs", "self micro_batch"),
+    (
+        "verl.workers.engine.fsdp.transformer_impl",
+        "FSDPEngineWithLMHead.prepare_model_outputs",
+        "self output output_args micro_batch logits_processor_func",
+    ),
     ("verl.workers.rollout.base", "_ROLLOUT_REGISTRY", None),
     ("verl.workers.rollout.base", "BaseRollout", "config model_config device_mesh"),
     ("verl.workers.rollout.base", "BaseRollout.resume", "self tags"),

@@ -23,7 +23,7 @@ from verl_plugins.bridge.rollout import METRICS_FIELD
 from verl_plugins.bridge.rows import MAX_TOKENS, OFFSET, ROLLOUT_N, TRUNCATED
 from verl_plugins.bridge.sending import SendsRows
 from verl_plugins.diagnostics.budget import rollout_budget
-from verl_plugins.diagnostics.health import group_health, policy_health, reward_parts, signal_health
+from verl_plugins.diagnostics.health import group_health, lag_health, policy_health, reward_parts, signal_health
 from verl_plugins.tokens import row_number
 
 HEALTH_FIELDS = ("responses", "verdict", "rollout_log_probs", "extra_fields", ROLLOUT_N, MAX_TOKENS)
@@ -44,6 +44,7 @@ class EstimatesAdvantage(SendsRows):
 
     def _shape_and_select(self, batch: KVBatchMeta) -> KVBatchMeta:
         batch.reorder(sorted(range(len(batch)), key=lambda row: _row_order(batch.keys[row])))
+        self._note_weights(batch)
         self._full = self._open(batch.keys)
         self.plugins.hook.shape_rewards(run=self.run, batch=self._full)
         self.plugins.hook.select_rows(run=self.run, batch=self._full)
@@ -83,7 +84,7 @@ class EstimatesAdvantage(SendsRows):
         if self._batch.written:
             batch = self._store(batch, self._batch)
         fields = [name for name in HEALTH_FIELDS if name in self._columns_of(batch)]
-        self._health = self._beside.submit(self._measure_health, self._batch, fields)
+        self._updates.append((self._full, self._beside.submit(self._measure_health, self._batch, fields)))
         return batch
 
     def _measure_health(self, batch: Batch, fields: Sequence[str]) -> dict[str, float]:
@@ -92,6 +93,8 @@ class EstimatesAdvantage(SendsRows):
         batch.full.prefetch(*fields)
         metrics = group_health(batch.full) | signal_health(batch) | policy_health(batch) | reward_parts(batch.full)
         metrics |= self._group_metrics(batch.full) | rollout_budget(batch.full, self.run.account.take())
+        if self.trainer_mode != "sync":
+            metrics |= lag_health(batch)
         return metrics | {"timing_s/health": time.perf_counter() - start}
 
     def _estimate(self, original: Any, data: Any, batch_keys: list[str], **kwargs: Any) -> Any:

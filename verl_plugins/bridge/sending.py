@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transfer_queue as tq
+from torch import Tensor
 from transfer_queue import KVBatchMeta
 
 from verl_plugins.batch import Batch
@@ -23,6 +24,9 @@ STEP_FIELDS = ("entropy", "returns", "values", "rollout_log_probs")
 class SendsRows:
     """Mixed into one of verl's trainers; expects `plugins`, `needs` and `clock`."""
 
+    _begun_with: dict[str, int]
+    """By row key: the step whose end the weights are of that began the response."""
+
     @contextmanager
     def _group_size(self) -> Iterator[None]:
         """verl sizes mini-batches as prompts times `rollout.n`; a prompt may have fewer rows now, or more."""
@@ -35,9 +39,22 @@ class SendsRows:
             rollout.n = before
 
     def _open(self, keys: Sequence[str], known: dict[str, Any] | None = None, full: Batch | None = None) -> Batch:
-        source = QueueSource(keys, "train", known)
+        source = QueueSource(keys, "train", {**self._lags(keys), **(known or {})})
         budget = self.config.data.max_response_length
         return Batch(source, tokenizer=self.tokenizer, budget=budget, full=full)
+
+    def _note_weights(self, batch: KVBatchMeta) -> None:
+        """Remember which weights began each row; rows that come later are of the newest."""
+        self._begun_with = {
+            key: tag["min_global_steps"]
+            for key, tag in zip(batch.keys, batch.tags, strict=True)
+            if tag.get("min_global_steps") is not None
+        }
+
+    def _lags(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        newest = self.global_steps - 1
+        steps = torch.tensor([newest - self._begun_with.get(key, newest) for key in keys])
+        return {"__lag_steps__": steps, "__lag__": steps * self.parameter_sync_step + self.local_trigger_step}
 
     def _store(self, meta: KVBatchMeta, batch: Batch) -> KVBatchMeta:
         """Ship the fields plugins have put, for all rows of `meta`."""

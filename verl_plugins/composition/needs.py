@@ -5,7 +5,7 @@ from __future__ import annotations
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from verl_plugins.composition import refusals, sizes
+from verl_plugins.composition import refusals, separate, sizes
 from verl_plugins.composition.compose import Composed
 from verl_plugins.composition.loggers import check_loggers
 from verl_plugins.composition.look import reward
@@ -14,7 +14,7 @@ from verl_plugins.composition.override import one_line
 from verl_plugins.errors import CompositionError, PluginError, nearest
 from verl_plugins.plugin import Plugin
 
-MODES = ("sync", "colocate_async")
+MODES = ("sync", "colocate_async", "separate_async")
 NEEDS = (
     "current_entropy",
     "entropy",
@@ -61,14 +61,9 @@ def _check_trainer(config: DictConfig) -> None:
     if not config.trainer.use_v1:
         raise CompositionError("trainer.use_v1 is false: plugins act in verl's V1 trainer, set trainer.use_v1=True")
     mode = config.trainer.v1.trainer_mode
-    if mode == "separate_async":
-        raise CompositionError(
-            "trainer.v1.trainer_mode is 'separate_async', which is not supported because its weight transfer needs an "
-            "nccl, nixl or hccl engine and its separate rollout pool was not tried with the stages of plugins: "
-            "set trainer.v1.trainer_mode=sync or colocate_async"
-        )
     if mode not in MODES:
         raise CompositionError(f"trainer.v1.trainer_mode is {mode!r}{nearest(str(mode), MODES)}")
+    separate.check(config)
     if mode != "sync" and config.actor_rollout_ref.rollout.full_determinism:
         raise CompositionError(
             f"actor_rollout_ref.rollout.full_determinism=True cannot hold with trainer.v1.trainer_mode={mode}, which "

@@ -82,6 +82,16 @@ def policy_health(batch: Batch) -> dict[str, float]:
     return metrics
 
 
+def lag_health(batch: Batch) -> dict[str, float]:
+    """How old the rows are: optimiser updates since the weights that began them, and the same in steps."""
+    return {
+        "health/lag_mean": float(batch.lag.float().mean()),
+        "health/lag_max": float(batch.lag.max()),
+        "health/lag_steps_mean": float(batch.lag_steps.float().mean()),
+        "health/lag_steps_max": float(batch.lag_steps.max()),
+    }
+
+
 def reward_parts(batch: Batch) -> dict[str, float]:
     """The mean of each numeric part of the reward, over the responses whose reward has it."""
     last = batch.is_last.nonzero()[:, 0].tolist()

@@ -71,6 +71,11 @@ class FakeRun:
     stopped: str | None = None
     _generators: dict[tuple[int, int, str], np.random.Generator] = field(default_factory=dict, repr=False)
 
+    @property
+    def update(self) -> int:
+        """One to a step, as in all modes but `separate_async`."""
+        return self.step
+
     def log(self, metrics: Mapping[str, float]) -> None:
         self.metrics.update(metrics)
 
