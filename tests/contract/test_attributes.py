@@ -17,8 +17,7 @@ from verl_plugins.bridge.actor import PluginActorWorker
 from verl_plugins.bridge.loops import SingleTurn, ToolLoop
 from verl_plugins.bridge.reward import PluginRewardManager
 from verl_plugins.bridge.rollout import PluginAgentLoopManager, PluginAgentLoopWorker
-from verl_plugins.bridge.runner import PluginTaskRunner
-from verl_plugins.bridge.runner import TRAINERS
+from verl_plugins.bridge.runner import TRAINERS, PluginTaskRunner
 from verl_plugins.cpu.client import SingleServerClient, SingleServerFullyAsyncClient
 from verl_plugins.cpu.rollout import ServerAdapter, TransformersReplica
 

@@ -31,8 +31,8 @@ from verl.workers.config import ActorConfig
 import verl_plugins
 from verl_plugins.bridge import RUN_VARIABLE, rows
 from verl_plugins.bridge.defaults import clipped_loss
-from verl_plugins.bridge.sending import FORWARD_FIELDS, LOSS_FIELDS
 from verl_plugins.bridge.runner import TRAINERS
+from verl_plugins.bridge.sending import FORWARD_FIELDS, LOSS_FIELDS
 from verl_plugins.composition.compose import compose
 from verl_plugins.cpu.model import make_tokenizer
 from verl_plugins.cpu.registration import ROLLOUT_NAME
@@ -181,7 +181,7 @@ SYMBOLS: list[tuple[str, str, str | None]] = [
     ("verl.experimental.separation.engine_workers", "DetachActorWorker.copy_handler", None),
     ("verl.checkpoint_engine.base", "CheckpointEngineRegistry.register", "backend"),
     ("verl.checkpoint_engine.base", "CheckpointEngine.prepare", "self"),
-    ("verl.checkpoint_engine.base", "CheckpointEngine.build_topology", "actor_wg_world_size rollout_world_size metadata"),
+    ("verl.checkpoint_engine.base", "CheckpointEngine.build_topology", "rollout_world_size metadata"),
     ("verl.checkpoint_engine.base", "CheckpointEngine.init_process_group", "self"),
     ("verl.checkpoint_engine.base", "CheckpointEngine.finalize", "self"),
     ("verl.checkpoint_engine.base", "CheckpointEngine.send_weights", "self weights global_steps"),

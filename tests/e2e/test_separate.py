@@ -27,7 +27,16 @@ def split(third_party: Path, out: Path, tmp_path_factory: pytest.TempPathFactory
     """Two updates a step, two actor ranks and two servers beside them; every stage is written down."""
     folder = tmp_path_factory.mktemp("records")
     written = f"plugins.every_stage.folder={folder}"
-    training = train("every_stage", out / "separate", *SHORT, MODE, *SPLIT, written, site=third_party)
+    training = train(
+        "every_stage",
+        out / "separate",
+        *SHORT,
+        MODE,
+        *SPLIT,
+        "trainer.total_training_steps=2",
+        written,
+        site=third_party,
+    )
     lines = [json.loads(line) for file in folder.glob("*.jsonl") for line in file.read_text().splitlines()]
     return training, lines
 
