@@ -83,6 +83,8 @@ class TestUpdates:
         found = of(split[1], "policy_loss", 1)
         by_update = [[line["on_policy"] for line in found if line["place"][0] == update] for update in range(UPDATES)]
         assert max(by_update[0]) < 1e-4 < 1e-3 < max(by_update[1])
+        for line in of(split[1], "estimate_advantage", 1):
+            assert line["rollout_difference"] < 1e-3, "the servers have those very weights"
 
     def test_rows_left_out_leave_the_queue(self, split: tuple[Training, list[dict]]) -> None:
         for step in (1, 2):

@@ -330,7 +330,6 @@ class TestCheck:
     @pytest.mark.parametrize(
         ("override", "parts"),
         [
-            ("trainer.v1.trainer_mode=separate_async", ["trainer.v1.trainer_mode", "nccl", "=sync or colocate_async"]),
             ("trainer.v1.trainer_mode=synk", ["trainer.v1.trainer_mode", "'synk'", "did you mean 'sync'?"]),
             ("ray_kwargs.timeline_json_file=t.json", ["ray_kwargs.timeline_json_file=t.json", "null"]),
             ("trainer.use_v1=False", ["trainer.use_v1", "True"]),
