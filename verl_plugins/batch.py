@@ -290,6 +290,11 @@ class Batch(SelectsRows):
         return self._field("entropy")
 
     @property
+    def sum_pi_squared(self) -> Tensor:
+        """[B,T] sum over the vocabulary of the squared probabilities, before this step's update."""
+        return self._field("sum_pi_squared")
+
+    @property
     def prompt_log_probs(self) -> Tensor:
         """[B,P] log-probs of the prompt's tokens after its first, zero-padded on the right; see `prompt_lengths`."""
         return self._field("prompt_log_probs")

@@ -10,6 +10,7 @@ import torch
 import transfer_queue as tq
 from torch import Tensor
 from transfer_queue import KVBatchMeta
+from verl.workers.utils.padding import response_from_nested
 
 from verl_plugins.batch import Batch
 from verl_plugins.bridge.queue import QueueSource, write_fields
@@ -19,6 +20,10 @@ LOSS_FIELDS = ("prompts", "responses", "response_mask", "old_log_probs", "advant
 LOSS_FIELDS += ("rollout_is_weights", "teacher_ids", "teacher_logprobs")
 STEP_FIELDS = ("entropy", "returns", "values", "rollout_log_probs")
 """What verl's engine and loss read; columns that do not exist in a run are left out."""
+
+
+SQUARES = "calculate_sum_pi_squared"
+"""verl's word for it in a forward pass."""
 
 
 class SendsRows:
@@ -85,13 +90,25 @@ class SendsRows:
         return self._columns
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        batch = super()._compute_old_log_prob(self._for_workers(batch), metrics)
+        batch = self._for_workers(batch)
+        if squares := "sum_pi_squared" in self.needs:
+            batch.extra_info[SQUARES] = True
+        batch = super()._compute_old_log_prob(batch, metrics)
+        batch.extra_info.pop(SQUARES, None)
+        if squares:
+            self._read_sum_pi_squared(batch)
         if "prompt_log_probs" in self.needs:
             self._read_prompt_log_probs(batch)
         return batch
 
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         return super()._compute_ref_log_prob(self._for_workers(batch), metrics)
+
+    def _read_sum_pi_squared(self, batch: KVBatchMeta) -> None:
+        fields = ["sum_pi_squared", "response_mask"]
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        values = response_from_nested(data["sum_pi_squared"], data["response_mask"]).to_padded_tensor(0)
+        self._sum_pi_squared = dict(zip(batch.keys, values, strict=True))
 
     def _read_prompt_log_probs(self, batch: KVBatchMeta) -> None:
         """Keep the prompts' log-probs: verl overwrites the field when it scores the reference policy."""

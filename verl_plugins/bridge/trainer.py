@@ -64,6 +64,7 @@ class Stages(DrawsPrompts, EstimatesAdvantage, ServesRollouts, SavesState):
         self._batch: Batch | None = None
         self._rows_per_prompt: int | None = None
         self._prompt_log_probs: dict[str, Tensor] = {}
+        self._sum_pi_squared: dict[str, Tensor] = {}
         self._columns: set[str] = set()
         self._begun_with: dict[str, int] = {}
         self._shipped: set[str] = set()

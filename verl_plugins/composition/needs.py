@@ -24,6 +24,7 @@ NEEDS = (
     "ref_log_probs",
     "rollout_log_probs",
     "rm_scores",
+    "sum_pi_squared",
     "uid",
     "verdict",
 )
@@ -108,6 +109,10 @@ def _check_loss(config: DictConfig, plugins: Plugins) -> None:
         )
 
 
+OF_THE_PASS = ("entropy", "old_log_probs", "prompt_log_probs", "sum_pi_squared")
+"""What the forward pass before the update computes."""
+
+
 def _provide(config: DictConfig, need: str, plugin: Plugin) -> None:
     """Make verl compute one field, or say why it cannot."""
     actor = config.actor_rollout_ref.actor
@@ -115,10 +120,15 @@ def _provide(config: DictConfig, need: str, plugin: Plugin) -> None:
         raise CompositionError(
             f"plugin {plugin.name!r} needs {need!r}, which verl cannot be asked for{nearest(need, NEEDS)}"
         )
-    if need in ("entropy", "old_log_probs", "prompt_log_probs") and config.algorithm.rollout_correction.bypass_mode:
+    if need in OF_THE_PASS and config.algorithm.rollout_correction.bypass_mode:
         raise CompositionError(
             f"plugin {plugin.name!r} needs {need}, which algorithm.rollout_correction.bypass_mode=True leaves out "
             f"because it skips the forward pass before the update: set it to False"
+        )
+    if need == "sum_pi_squared" and config.actor_rollout_ref.model.use_fused_kernels:
+        raise CompositionError(
+            f"plugin {plugin.name!r} needs sum_pi_squared, and actor_rollout_ref.model.use_fused_kernels=True makes no "
+            "logits to compute it from: set it to False"
         )
     if need == "logits":
         refusals.check_logits(config, f"plugin {plugin.name!r} needs logits (actor.logits)")

@@ -21,7 +21,7 @@ from verl_plugins.testing.fakes import FakeTokenizer
 from verl_plugins.testing.table import Table, pad, uids
 
 TOKENIZER = FakeTokenizer()
-POLICY_FIELDS = ("old_log_probs", "entropy", "prompt_log_probs", "rollout_log_probs", "ref_log_probs")
+POLICY_FIELDS = ("old_log_probs", "entropy", "prompt_log_probs", "rollout_log_probs", "ref_log_probs", "sum_pi_squared")
 """As `needs` calls them; all but the first are in a batch only if the plugin needs them."""
 
 
@@ -224,6 +224,7 @@ class World:
                 "log_probs": np.minimum(old + rng.normal(0, 0.3, size), -1e-3),
                 "entropy": rng.uniform(0.05, 2.0, size),
                 "current_entropy": rng.uniform(0.05, 2.0, size),
+                "sum_pi_squared": np.exp(2 * np.asarray(old)) + rng.uniform(0.0, 0.1, size),
                 "rollout_log_probs": rollout.log_probs,
                 "ref_log_prob": np.minimum(old + rng.normal(0, 0.5, size), -1e-3),
             }
