@@ -209,7 +209,8 @@ class Vcpo(Plugin):
         finally:
             for group, rate in zip(actor.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
-        actor.log({**ratios, "lr_multiplier": multiplier, "effective_lr": rates[0] * multiplier})
+        actor.log(ratios)
+        actor.log({"lr_multiplier": multiplier, "effective_lr": rates[0] * multiplier})
         return norm
 
     def of_step(self, weights: Tensor) -> tuple[dict[str, float], float]:

@@ -30,6 +30,12 @@ TRUST_REGION = "as in the authors' code, the drift that is penalised is the mean
 SUMS_PER_ROW = Scenario(overrides={"actor_rollout_ref.actor.loss_agg_mode": "seq-mean-token-sum"})
 OF_GROUPS = Scenario(overrides={"algorithm.adv_estimator": "grpo"})
 FSDP2 = Scenario(overrides={"actor_rollout_ref.actor.strategy": "fsdp2"})
+SEQUENCES = Scenario(
+    overrides={
+        "algorithm.rollout_correction.rollout_is": "sequence",
+        "algorithm.rollout_correction.rollout_is_threshold": 8.0,
+    }
+)
 WITH_BONUS = Scenario(overrides={"actor_rollout_ref.actor.entropy_coeff": 0.001})
 SOLVED = Scenario(
     columns={"extra_info": lambda prompt_id: {"solution": f"{prompt_id} and 7 more"}},
@@ -69,6 +75,14 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "evol_rl": [
         {"config": {"anchor": "ground_truth", "valid": "answer_extracted"}},
         {"config": {"anchor": "ground_truth", "valid": "answer_extracted", "single_valid": "band", "min_spread": 0.2}},
+    ],
+    "vcpo": [
+        {"scenario": SEQUENCES},
+        {
+            "scenario": SEQUENCES,
+            "config": {"score_norm": "length", "agg_mode": "winsorized_mean", "scaling_rule": "linear"},
+        },
+        {"scenario": SEQUENCES, "config": {"scope": "minibatch", "agg_mode": "median", "use_clipped": True}},
     ],
     "perp_grad": [{"scenario": FSDP2}, {"scenario": FSDP2, "config": {"granularity": "global", "min_ndim": 0}}],
     "ghosts_of_softmax": [
