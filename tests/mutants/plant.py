@@ -227,7 +227,7 @@ def try_file(name: str, sample: int | None, seed: int, again: bool) -> Counter:
     """Tries the changes of one file that have not been tried, or those that survived; prints what survives."""
     file, entry = Path(name), CONFIG["files"][name]
     source = (ROOT / file).read_text(encoding="utf-8")
-    record = RESULTS / f"{file.stem}.json"
+    record = RESULTS / f"{'lab_' if file.parent.name == 'labs' else ''}{file.stem}.json"
     known = json.loads(record.read_text()) if record.is_file() else {}
     found = [mutant for mutant in mutants(source) if not is_none(name, mutant)]
     picked = random.Random(seed).sample(found, len(found))[:sample]
