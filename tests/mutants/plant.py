@@ -78,7 +78,9 @@ def left_out(source: str) -> list[tuple[int, int]]:
     for node in ast.walk(ast.parse(source)):
         parts: list[Any] = [getattr(node, name, None) for name in ("annotation", "returns")]
         parts += getattr(node, "decorator_list", [])
-        if isinstance(node, ast.Raise) or (isinstance(node, ast.ClassDef) and node.name == "Config"):
+        settings = isinstance(node, ast.ClassDef) and node.name in ("Config", "Settings")
+        said = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "progress"
+        if isinstance(node, ast.Raise) or settings or said:
             parts.append(node)
         spans += [((p.lineno, p.col_offset), (p.end_lineno, p.end_col_offset)) for p in parts if p]
     return spans

@@ -157,6 +157,7 @@ class TestLab:
         names = [claim.name for claim in found.failed]
         assert "they are longer than the straight mix" in names and len(names) == 2
 
-    def test_too_few_steps_of_descent_are_noticed(self):
-        found = mixup_nc.lab(Settings(descent_steps=10), 0, lambda share, what: None)
+    @pytest.mark.parametrize("steps", [10, 900])
+    def test_too_few_steps_of_descent_are_noticed(self, steps):
+        found = mixup_nc.lab(Settings(descent_steps=steps), 0, lambda share, what: None)
         assert [claim.name for claim in found.failed] == ["gradient descent on the loss ends there, too"]

@@ -154,7 +154,7 @@ class TestLab:
 
     def test_every_claim_holds_and_stands_on_the_page(self, found):
         assert found.failed == []
-        assert not_on_page("posterior_collapse_attack", found) == []
+        assert not_on_page("posterior_collapse_attack", found, close=0.25) == []
 
     def test_harm_grows_with_the_size_of_the_change(self, found):
         error, length = ({curve.label: list(curve.y) for curve in panel.curves} for panel in found.panels)
