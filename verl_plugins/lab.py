@@ -35,6 +35,7 @@ class Curve:
     """Points (x, y) of a panel, in the order in which they are joined."""
 
     label: str
+    """Empty: it belongs to the curve before it, and is drawn in its colour."""
     x: Sequence[float]
     y: Sequence[float]
     style: Literal["line", "dashed", "points"] = "line"

@@ -110,7 +110,7 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if hasattr(value, "tolist"):
         value = value.tolist()
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, Sequence) and not isinstance(value, str):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -124,8 +124,11 @@ def draw(panels: Sequence[Panel], picture: Path) -> None:
 
     figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.8), squeeze=False, layout="constrained")
     for axis, panel in zip(axes.flat, panels, strict=True):
+        number = -1
         for curve in panel.curves:
-            axis.plot(curve.x, curve.y, MARKERS[curve.style], label=curve.label, markersize=4)
+            number += bool(curve.label)
+            label, color = curve.label or None, f"C{max(number, 0) % 10}"
+            axis.plot(curve.x, curve.y, MARKERS[curve.style], label=label, color=color, markersize=4)
         axis.set_title(panel.title, parse_math=False, fontsize=10)
         axis.set_xlabel(panel.x, parse_math=False)
         axis.set_ylabel(panel.y, parse_math=False)
@@ -134,5 +137,5 @@ def draw(panels: Sequence[Panel], picture: Path) -> None:
         axis.grid(alpha=0.3)
         for text in axis.legend(fontsize=8).get_texts():
             text.set_parse_math(False)
-    figure.savefig(picture, dpi=90)
+    figure.savefig(picture, dpi=72)
     plt.close(figure)

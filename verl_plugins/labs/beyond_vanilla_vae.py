@@ -44,9 +44,14 @@ class Settings:
     iterations: int = setting(1000, "of L-BFGS for each fit, at most", ge=1)
 
 
+def regression(cov_x: Tensor, cov_xy: Tensor) -> Tensor:
+    """The best prediction of y from x, Cyx Cxx^+ [dy, dx]; conditions that others give already count once."""
+    return cov_xy.T @ torch.linalg.pinv(cov_x, rtol=1e-10, hermitian=True)
+
+
 def residual_covariance(cov_x: Tensor, cov_xy: Tensor, cov_y: Tensor) -> Tensor:
     """R [dy, dy] of Cxx [dx, dx], Cxy [dx, dy] and Cyy [dy, dy]; dx may be 0."""
-    return cov_y - cov_xy.T @ torch.linalg.pinv(cov_x, hermitian=True) @ cov_xy
+    return cov_y - regression(cov_x, cov_xy) @ cov_xy
 
 
 def spectrum(cov: Tensor) -> Tensor:
@@ -128,7 +133,7 @@ def optimal_model(problem: Problem) -> Model:
     strengths = problem.strengths
     decoder = problem.cov.new_zeros(len(cov_y), problem.latents)
     decoder[:, : directions.shape[1]] = directions * strengths[: directions.shape[1]].sqrt()
-    skip = cov_xy.T @ torch.linalg.pinv(cov_x, hermitian=True)
+    skip = regression(cov_x, cov_xy)
     whole = strengths + problem.threshold
     from_y = decoder.T / whole[:, None]
     return Model(decoder, skip, from_y, -from_y @ skip, (problem.threshold / whole).log())
@@ -149,8 +154,8 @@ def _descend(flat: Tensor, problem: Problem, iterations: int) -> tuple[Tensor, f
         [flat],
         max_iter=iterations,
         max_eval=2 * iterations,
-        tolerance_grad=1e-8,
-        tolerance_change=1e-13,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-11,
         line_search_fn="strong_wolfe",
     )
 
@@ -295,8 +300,8 @@ def _panel(
         curve
         for k in range(theory.shape[1])
         for curve in (
-            Curve(f"latent {k + 1}, formula", list(values), theory[:, k].tolist(), "dashed"),
-            Curve(f"latent {k + 1}, fit", list(values), found[:, k].tolist(), "points"),
+            Curve(f"latent {k + 1} (dots: the fit)", list(values), theory[:, k].tolist(), "dashed"),
+            Curve("", list(values), found[:, k].tolist(), "points"),
         )
     ]
     return Panel("strength of each latent in the decoder", what, "squared singular value of U", curves, log)

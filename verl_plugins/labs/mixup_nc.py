@@ -37,7 +37,7 @@ class Settings:
     num_classes: int = setting(10, "classes K", ge=2)
     classifier_norm: float = setting(1.0, "length m of each row of the classifier", gt=0)
     feature_l2: float = setting(1e-3, "weight mu of the features' squared length", gt=0)
-    descent_steps: int = setting(20000, "steps of the gradient descent that the optimum is compared with", ge=1)
+    descent_steps: int = setting(5000, "steps of the gradient descent that the optimum is compared with", ge=1)
 
 
 def simplex_etf(classes: int, norm: float) -> Tensor:
@@ -92,17 +92,15 @@ def optimal_features(classifier: Tensor, target: Tensor, feature_l2: float) -> t
 
 def cosines(features: Tensor, classifier: Tensor) -> Tensor:
     """Of features [..., d] with each row of the classifier: [..., classes]; 0 for the zero vector."""
-    lost = features.norm(dim=-1, keepdim=True) < 1e-9
-    found = cosine_similarity(features[..., None, :], classifier, dim=-1)
-    return torch.where(lost, torch.zeros_like(found), found)
+    return cosine_similarity(features[..., None, :], classifier, dim=-1)
 
 
 def descended(classifier: Tensor, target: Tensor, feature_l2: float, steps: int) -> Tensor:
-    """Features [..., d] after plain gradient descent from 0, with the step size that never overshoots."""
+    """Labels [n, classes] -> features [n, d] after plain gradient descent from 0; its step size never overshoots."""
     largest = float(torch.linalg.matrix_norm(classifier, 2) ** 2) / 2 + feature_l2
-    features = target.new_zeros(*target.shape[:-1], classifier.shape[1])
+    features = target.new_zeros(len(target), classifier.shape[1])
     for _ in range(steps):
-        gradient = ((features @ classifier.T).softmax(-1) - target) @ classifier + feature_l2 * features
+        gradient = ((features @ classifier.T).softmax(1) - target) @ classifier + feature_l2 * features
         features = features - gradient / largest
     return features
 
@@ -132,7 +130,7 @@ def lab(settings: Settings, seed: int, progress: Progress) -> Findings:
     mix = torch.tensor([*SHOWN, *torch.linspace(0, 1, 101).tolist()], dtype=torch.float64)
     target = mixed_target(settings.num_classes, 0, 1, mix)
     features, logits = optimal_features(classifier, target, settings.feature_l2)
-    ends = features[0], features[mix == 0][0]
+    ends = features[mix.argmax()], features[mix.argmin()]
     straight = mix[:, None] * ends[0] + (1 - mix[:, None]) * ends[1]
     shown = len(SHOWN)
     progress(0.1, "L-BFGS from random features")
@@ -162,8 +160,8 @@ def _aligned(features: Tensor, classifier: Tensor) -> Claim:
 
 def _shape(features: Tensor, straight: Tensor, logits: Tensor) -> list[Claim]:
     """Of mixes of two classes, at `SHOWN`: away from the straight mix, longer, and near the decision boundary."""
-    away = ((features - straight).norm(dim=-1) / features.norm(dim=-1).clamp_min(1e-9))[1:]
-    lengths, plain = features.norm(dim=-1), straight.norm(dim=-1)
+    away = ((features - straight).norm(dim=1) / features.norm(dim=1).clamp_min(1e-9))[1:]
+    lengths, plain = features.norm(dim=1), straight.norm(dim=1)
     margin = float(logits[1, 0] - logits[1, 1])
     usual = (2 * SHOWN[1] - 1) * float(logits[0, 0] - logits[0, 1])
     return [
@@ -195,7 +193,7 @@ def _panels(mix: Tensor, features: Tensor, straight: Tensor, classifier: Tensor)
     pair = {"mixed features": features, "straight mix": straight}
     styles = dict(zip(pair, ("line", "dashed"), strict=True))
     plane = [Curve(name, (h @ across).tolist(), (h @ along).tolist(), styles[name]) for name, h in pair.items()]
-    length = [Curve(name, mix.tolist(), h.norm(dim=-1).tolist(), styles[name]) for name, h in pair.items()]
+    length = [Curve(name, mix.tolist(), h.norm(dim=1).tolist(), styles[name]) for name, h in pair.items()]
     return [
         Panel("features of mixes of two classes", "along w_i - w_j", "along w_i + w_j", plane),
         Panel("their length", "lambda", "|h|", length),

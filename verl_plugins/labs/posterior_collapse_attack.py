@@ -57,7 +57,7 @@ def collapse_loss(
     reverse: bool = False,
     reduction: Literal["mean", "sum", "none"] = "mean",
 ) -> Tensor:
-    """What the attack ascends: mean and logvar [n, ...], v a number or [n, ...] -> a scalar, or [n] without reduction."""
+    """What the attack ascends: mean, logvar [n, ...], v a number or [n, ...] -> a scalar, or [n] without reduction."""
     each = 0.5 * (1 + logvar - (mean.square() + logvar.exp()) / v).flatten(1).sum(1)
     each = -each if reverse else each
     return {"mean": each.mean, "sum": each.sum, "none": each.clone}[reduction]()
@@ -72,7 +72,7 @@ def attack(
     v: float | None = 1e-8,
     reverse: bool = False,
 ) -> tuple[Tensor, list[float]]:
-    """Perturbed images [n, ...] in [0, 1], as `images`, and the loss before each step; eps and alpha in pixel values."""
+    """Perturbed `images` [n, ...], in [0, 1] as these, and the loss before each step; eps, alpha in pixel values."""
     with torch.no_grad():
         target = encode(images)[1].exp() if v is None else v
     delta, perturbed, losses = torch.zeros_like(images), images.clone(), []
@@ -179,11 +179,12 @@ def lab(settings: Settings, seed: int, progress: Progress) -> Findings:
 
 
 def _claims(found: Effect, noise: Effect, clean: Effect) -> list[Claim]:
+    times = found.error / noise.error
     return [
         Claim(
             "the attack harms the reconstruction more than random noise of the same size",
             "squared error at least 1.5 times that of noise",
-            f"{found.error:.4f} against {noise.error:.4f} (clean {clean.error:.4f}): {found.error / noise.error:.1f} times",
+            f"{found.error:.4f} against {noise.error:.4f} (clean {clean.error:.4f}): {times:.1f} times",
             found.error >= 1.5 * noise.error,
         ),
         Claim(
@@ -203,12 +204,14 @@ def _bounds(change: float, losses: list[float], perturbed: Tensor, settings: Set
             f"at most {settings.eps:g}/255, pixels in [0, 1]",
             f"{change:.2f}/255, {'inside' if inside else 'outside'}",
             inside and change <= settings.eps + 1e-3,
+            "ours",
         ),
         Claim(
             "the loss is ascended",
             "higher at the last step than at the first",
             f"{losses[0]:.2e} to {losses[-1]:.2e}",
             losses[-1] > losses[0],
+            "ours",
         ),
     ]
 
