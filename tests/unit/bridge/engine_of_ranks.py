@@ -65,8 +65,11 @@ def made(folder: Path) -> Any:
 
 
 def loss(model_output: Any, data: Any, dp_group: Any = None) -> tuple[torch.Tensor, dict]:
-    """The log-probs of all tokens, so that the split over ranks does not matter."""
-    return -model_output["log_probs"].values().sum(), {}
+    """A sum over generated tokens, so that the split over ranks does not matter."""
+    from verl.workers.utils.padding import no_padding_2_padding
+
+    log_probs, mask = no_padding_2_padding(model_output["log_probs"], data), data["response_mask"].to_padded_tensor(0)
+    return -(log_probs * mask).sum(), {}
 
 
 def whole_parameters(engine: Any) -> list[torch.Tensor]:
