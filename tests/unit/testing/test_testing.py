@@ -21,7 +21,6 @@ import torch
 
 from verl_plugins import CompositionError, DataError, Plugin, Verdict, hookimpl, setting
 from verl_plugins.composition.needs import NEEDS
-from verl_plugins.hookspecs import STAGES
 from verl_plugins.testing import PluginCheckError, Scenario, check_plugin
 from verl_plugins.testing.record import generator_states
 
