@@ -101,7 +101,17 @@ SYMBOLS: list[tuple[str, str, str | None]] = [
     (WORKERS, "TrainingWorker.set_loss_fn", "self loss_fn"),
     (ENGINE, "FSDPEngine.optimizer_step", "self"),
     (ENGINE, "FSDPEngine.train_batch", "self data loss_function"),
+    (ENGINE, "FSDPEngine.infer_batch", "self data loss_function"),
+    (
+        ENGINE,
+        "FSDPEngineWithLMHead.prepare_model_outputs",
+        "self output output_args micro_batch logits_processor_func",
+    ),
     (ENGINE, "CPUOffloadPolicy", "pin_memory"),
+    ("verl.utils.fsdp_utils", "FSDPModule", None),
+    ("verl.utils.fsdp_utils", "fsdp_version", "model"),
+    ("verl.utils.device", "get_device_id", ""),
+    (DICTS, "index_select_tensor_dict", "batch indices"),
     ("verl.trainer.ppo.core_algos", "POLICY_LOSS_REGISTRY", None),
     ("verl.trainer.ppo.core_algos", "agg_loss", "loss_mat loss_mask loss_agg_mode"),
     (
@@ -241,6 +251,9 @@ FIELDS: list[tuple[str, str, str]] = [
     (AGENT, "AgentLoopWorkerTQ.__ray_metadata__.modified_class.generate_sequences", "validate global_steps index"),
     ("verl.workers.utils.losses", "ppo_loss", "old_log_probs advantages response_mask rollout_is_weights loss_mode"),
     (PADDING, "no_padding_2_padding", "prompts responses"),
+    (ENGINE, "FSDPEngineWithLMHead.prepare_model_inputs", "temperature temperature_rmpad use_remove_padding"),
+    (ENGINE, "FSDPEngine.forward_backward_batch", "loss_mask"),
+    ("verl.workers.engine.utils", "prepare_micro_batches", "use_dynamic_bsz micro_batch_size_per_gpu"),
     (f"{LOOP}.reward_loop.reward_manager.naive", "NaiveRewardManager.run_single", "responses attention_mask acc"),
 ]
 

@@ -1,4 +1,7 @@
-"""A plugin that implements every stage and writes down what it sees; installed by the tests as a third party would."""
+"""A plugin that implements every stage and writes down what it sees; installed by the tests as a third party would.
+
+Every stage but `shape_logits`: it trains with vLLM, too, where nobody may shape them (`test_logits.py` does).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ import numpy as np
 import torch
 
 from verl_plugins import DataError, Plugin, Verdict, hookimpl, setting
+from verl_plugins.hookspecs import STAGES
 
+IMPLEMENTED = tuple(stage for stage in STAGES if stage != "shape_logits")
 SHORT, LONG = 2, 12
 """Response budgets of even and odd prompts."""
 TARGETS = ["1", "23", "456\n"]

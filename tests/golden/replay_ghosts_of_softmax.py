@@ -40,6 +40,7 @@ class Linear:
         self.module = torch.nn.ParameterDict({"weight": case.tensor("weight")})
         if case.has("bias"):
             self.module["bias"] = case.tensor("bias")
+        self.bias = self.module["bias"] if case.has("bias") else None
         self.features = case.tensor("features").reshape(-1, self.module["weight"].shape[1])
         self.step, self.metrics = 1, {}
 
@@ -48,7 +49,7 @@ class Linear:
 
     def logits(self, tokens: int, at: Iterable[torch.Tensor] | None = None) -> torch.Tensor:
         with moved(self.parameters(), at), torch.no_grad():
-            return self.features @ self.module["weight"].T + (self.module["bias"] if "bias" in self.module else 0.0)
+            return torch.nn.functional.linear(self.features, self.module["weight"], self.bias)
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         return values
@@ -66,8 +67,10 @@ def capped_step(case: Case) -> dict:
         parameter.grad = case.tensor(f"grad_{name}")
         moments = {key: case.input(f"{key}_{name}", None) for key in ("exp_avg", "exp_avg_sq")}
         if made := case.param("step", 0):
-            there = {key: torch.zeros_like(parameter) if value is None else torch.tensor(value, dtype=torch.float64)
-                     for key, value in moments.items()}
+            there = {
+                key: torch.zeros_like(parameter) if value is None else torch.tensor(value, dtype=torch.float64)
+                for key, value in moments.items()
+            }
             optimizer.state[parameter] = {"step": torch.tensor(float(made)), **there}
     before = actor.parameters()
     start = [one.clone() for one in before]

@@ -1,7 +1,7 @@
 """Where the stage `shape_logits` acts: a hook on each module that evaluates the policy, on all sides of a run.
 
-Actor and reference have it in the actor workers, the Transformers server in its own process, and the preset `cpu` on the
-model it warms up. What is computed from logits follows: log-probs, entropy, sampled tokens. Nothing here imports verl.
+Actor and reference have it in the actor workers, the Transformers server in its own process, and the preset `cpu` on
+the model it warms up. What is computed from logits follows: log-probs, entropy, sampled tokens. No verl in here.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from verl_plugins.errors import CompositionError, nearest, printable
 
 OWN_DISTRIBUTION = "verl-plugins"
 PROBLEMS = ("baseline", "dead groups", "noisy advantages", "entropy collapse", "exploration", "length", "credit")
-PROBLEMS += ("label-free", "asynchrony", "diagnosis", "a claim measured outside RL")
+PROBLEMS += ("label-free", "stability", "asynchrony", "diagnosis", "a claim measured outside RL")
 """The order in which `list` shows problems; others come after them, recipes that name none at the end."""
 OTHER = "other"
 _BOUND = {"ge": "≥ {}", "gt": "> {}", "le": "≤ {}", "lt": "< {}", "choices": "{}"}

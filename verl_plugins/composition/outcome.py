@@ -138,8 +138,9 @@ def _shaped_logits(shaped: Any, arguments: Mapping[str, Any]) -> None:
     if not hasattr(shaped, "is_floating_point"):
         raise ResultError(f"shape_logits returned {_kind(shaped)}, expected logits {tuple(logits.shape)}")
     if shaped.shape != logits.shape:
-        raise ResultError(f"shape_logits returned shape {tuple(shaped.shape)}, expected that of the logits, "
-                          f"{tuple(logits.shape)}")
+        raise ResultError(
+            f"shape_logits returned shape {tuple(shaped.shape)}, expected that of the logits, {tuple(logits.shape)}"
+        )
     if not shaped.is_floating_point():
         raise ResultError(f"shape_logits returned {shaped.dtype}, expected floating numbers")
 

@@ -103,8 +103,8 @@ def _check_shaping(config: DictConfig, plugins: Plugins) -> None:
         check_logits(config, who)
         if (server := config.actor_rollout_ref.rollout.name) != "transformers":
             raise CompositionError(
-                f"{who}, and {key}={server} would sample from unshaped ones: set {key}=transformers, the server of this "
-                f"package, or leave the plugin out with ~plugins.{name}"
+                f"{who}, and {key}={server} would sample from unshaped ones: set {key}=transformers, this package's "
+                f"server, or leave the plugin out with ~plugins.{name}"
             )
 
 

@@ -161,7 +161,7 @@ def _inside(folder: Path) -> Prepared:
 
 
 def _key(*settings: ModelSettings | TaskSettings | WarmupSettings, shaping: Plugins | None = None) -> str:
-    """Name of the cache folder: a hash of everything that decides its content, code and settings of plugins included."""
+    """Name of the cache folder: a hash of everything that decides its content, with code and settings of plugins."""
     decides: list[Any] = [FORMAT, *map(asdict, settings)]
     if shaping:
         digests = identify([plugin.name for plugin in shaping], "warm-up").digests

@@ -142,12 +142,13 @@ class ActorPart:
         plugins = self._ranks[micro_batch % len(self._ranks)]
         shaped = self._recorder.call(plugins, stage, {"logits": logits.detach()}, logits=logits)
         if not torch.isfinite(shaped).all():
-            self._recorder.fault("result", stage, "gives logits that are not finite")
+            return self._recorder.fault("result", stage, "gives logits that are not finite")
         chosen = shaped.log_softmax(-1).gather(-1, (ids % VOCABULARY)[..., None])[..., 0]
         self._record(step, stage, "the log-prob of row", chosen, rows, mask)
         gradients = self._gradients(stage, "logits", chosen, {"logits": leaf}, mask[..., None])
         if (gradient := gradients.get("logits")) is not None:
             self._record(step, stage, "the length of the gradient of row", gradient.norm(dim=-1), rows, mask)
+        return None
 
     def _keep_metrics(self, stage: str, told: Sequence[tuple[Mapping[str, float], str]], kept: JoinedMetrics) -> None:
         for metrics, reduce in told:

@@ -156,7 +156,7 @@ class FakeActor:
         self.metrics.update(metrics)
 
     def parameters(self) -> list[Tensor]:
-        return [parameter.detach() for parameter in self.module.parameters()]
+        return [parameter.detach() for parameter in self.module.parameters() if parameter.requires_grad]
 
     def logits(self, tokens: int, at: Iterable[Tensor] | None = None) -> Tensor:
         """[n,16] those of the model's 16 tokens, as many as are asked for."""

@@ -21,7 +21,6 @@ import torch
 
 from verl_plugins import CompositionError, DataError, Plugin, Segment, Verdict, hookimpl, setting
 from verl_plugins.composition.needs import NEEDS
-from verl_plugins.hookspecs import STAGES
 from verl_plugins.testing import PluginCheckError, Scenario, check_plugin
 from verl_plugins.testing.record import generator_states
 
@@ -90,6 +89,10 @@ class Sound(Plugin):
         np.add.at(self.seen, batch.full.prompt_id.numpy(), 1)
         batch.put("weight", batch.full.groups.std(batch.full.scores)[: len(batch)] * 0 + batch.scores)
         batch.put("copied", batch.advantages + 1)
+
+    @hookimpl
+    def shape_logits(self, logits):
+        return logits * self.config.scale + logits.logsumexp(-1, keepdim=True)
 
     @hookimpl(wrapper=True)
     def policy_loss(self, tokens):
@@ -174,7 +177,7 @@ def test_a_sound_plugin_passes(scenario: Scenario) -> None:
 def test_what_runs_in_a_real_training_runs_here(tmp_path, monkeypatch) -> None:
     """The plugin of the end-to-end tests reads and writes everything that training offers, in every stage."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "e2e"))
-    from every_stage import EveryStage
+    from every_stage import IMPLEMENTED, EveryStage
 
     check_plugin(
         EveryStage,
@@ -187,7 +190,7 @@ def test_what_runs_in_a_real_training_runs_here(tmp_path, monkeypatch) -> None:
         },
     )
     stages = {json.loads(line)["stage"] for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines()}
-    assert stages == set(STAGES)
+    assert stages == set(IMPLEMENTED)
 
 
 def test_settings_and_columns_reach_the_plugin() -> None:
@@ -350,6 +353,16 @@ def undeclared_extra(self, tokens):
     return surrogate(tokens) + 0 * tokens.extra("rollout_log_probs")
 
 
+def asking_for_logits(self, actor):
+    actor.logits(8)
+    return (yield)
+
+
+def leaning_on_the_token_before(self, logits):
+    before = torch.nn.functional.pad(logits, (0, 0, 1, 0))[:, :-1]
+    return logits + before - before.detach()
+
+
 def restart(self, state):
     self.calls = 0
 
@@ -445,7 +458,22 @@ UNSOUND: list[tuple[str, str, dict[str, Any]]] = [
     ("result.score_answer", "returned a bool, expected a Verdict", {"score_answer": lambda self, answer: True}),
     ("result.score_answer", "the score nan", {"score_answer": lambda self, answer: Verdict(float("nan"), False)}),
     ("result.optimizer_step", "returned a str, expected the norm", {"optimizer_step": lambda self, actor: "x"}),
+    (
+        "result.shape_logits",
+        "expected that of the logits",
+        {"shape_logits": lambda self, logits: logits[..., :-1]},
+    ),
+    (
+        "runs.optimizer_step",
+        "declare logits in needs",
+        {"optimizer_step": Hook(asking_for_logits, wrapper=True)},
+    ),
     # results
+    (
+        "result.shape_logits",
+        "logits that are not finite",
+        {"shape_logits": lambda self, logits: logits.log()},
+    ),
     (
         "result.estimate_advantage",
         "estimate_advantage returned nan at token",
@@ -486,6 +514,16 @@ UNSOUND: list[tuple[str, str, dict[str, Any]]] = [
         "metrics.policy_loss",
         "logged with reduce='median'",
         {"policy_loss": lambda self, tokens: tokens.log({"a": 1.0}, "median") or surrogate(tokens)},
+    ),
+    (
+        "gradient.shape_logits",
+        "no gradient reaches the policy",
+        {"shape_logits": lambda self, logits: logits.detach()},
+    ),
+    (
+        "gradient.shape_logits",
+        "that depends on logits outside the response mask",
+        {"shape_logits": leaning_on_the_token_before},
     ),
     (
         "gradient.policy_loss",
@@ -535,7 +573,17 @@ UNSOUND: list[tuple[str, str, dict[str, Any]]] = [
         "changes tokens.old_log_probs in place",
         {"policy_loss": lambda self, tokens: surrogate(tokens) * tokens.old_log_probs.mul_(1.1)},
     ),
+    (
+        "in_place.shape_logits",
+        "changes logits in place",
+        {"shape_logits": lambda self, logits: logits.add_(1)},
+    ),
     # laws
+    (
+        "micro_batches.shape_logits",
+        "one micro-batch instead of two",
+        {"shape_logits": lambda self, logits: logits * logits.detach().flatten(1).any(1).sum()},
+    ),
     ("processes.policy_loss", "in training each has its own", {"observe": remember, "policy_loss": through_the_object}),
     ("row_order.estimate_advantage", "the advantage of row", {"estimate_advantage": by_position}),
     (
