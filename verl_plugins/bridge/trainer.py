@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import ray
 import transfer_queue as tq
 from omegaconf import OmegaConf
@@ -58,12 +59,14 @@ class Stages(DrawsPrompts, EstimatesAdvantage, ServesRollouts, SavesState):
         self._full: Batch | None = None
         self._batch: Batch | None = None
         self._rows_per_prompt: int | None = None
+        self._past: dict[str, np.ndarray] = {}
+        """Old log-probs of the rows of earlier steps, by their keys in this one."""
         self._prompt_log_probs: dict[str, Tensor] = {}
         self._columns: set[str] = set()
         self._shipped: set[str] = set()
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="health")
         self._health: Future[dict[str, float]] | None = None
-        self._stopped = self._told_of_gradient = False
+        self._stopped = self._told_of_gradient = self._told_of_skipping = False
         self._agents: list[Any] = []
         self._failures = Failures()
         self._told: set[str] = set()
@@ -104,6 +107,9 @@ class Stages(DrawsPrompts, EstimatesAdvantage, ServesRollouts, SavesState):
             tq.kv_clear(keys=dropped, partition_id="train")
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        if self._full.update_skipped:
+            self._tell_skipped()
+            return batch
         batch.extra_info[STEP_KEY] = self.global_steps
         with self._group_size():
             batch = super()._update_actor(self._for_workers(batch, *LOSS_FIELDS), metrics)
@@ -133,13 +139,23 @@ class Stages(DrawsPrompts, EstimatesAdvantage, ServesRollouts, SavesState):
                     "optimiser steps where it is; lower the learning rate, or look at actor/grad_norm in metrics.jsonl"
                 )
 
+    def _tell_skipped(self) -> None:
+        if self.reporter is not None and not self._told_of_skipping:
+            self._told_of_skipping = True
+            self.reporter.note(
+                f"step {self.global_steps} is not trained on, since a plugin found nothing to learn from in it; "
+                "health/update_skipped counts such steps"
+            )
+
     def _update_critic(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        if self._full.update_skipped:
+            return batch
         with self._group_size():
             return super()._update_critic(batch, metrics)
 
     def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> None:
         with self.clock():
-            metrics.update(self._health.result())
+            metrics.update(self._health.result() | {"health/update_skipped": float(self._full.update_skipped)})
             self._drop_from_queue()
         super()._compute_metrics(batch, metrics, *args, **kwargs)
         metrics.update(self.run.take_metrics())
