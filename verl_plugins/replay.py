@@ -286,12 +286,13 @@ def row_numbers(batch: Batch) -> np.ndarray:
     return np.array([row_number(key) for key in batch.keys], dtype=np.int64)
 
 
-def chances(rows: np.ndarray, salt: int) -> np.ndarray:
+def chances(rows: np.ndarray, salt: int | np.ndarray) -> np.ndarray:
     """[k] numbers of rows -> [k] float64 in [0, 1): for a row and a salt the same, whatever rows stand beside it.
 
     The mixing of splitmix64, started at `row` + `salt` times its increment.
     """
-    mixed = np.asarray(rows).astype(np.uint64) + np.array([salt], np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    salts = np.atleast_1d(salt).astype(np.uint64)
+    mixed = np.asarray(rows).astype(np.uint64) + salts * np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return ((mixed ^ (mixed >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53

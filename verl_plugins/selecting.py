@@ -45,7 +45,7 @@ class SelectsRows:
                 f"drop: {rows.dtype} {tuple(rows.shape)}, expected one flag per row, bool ({len(self.keys)},)"
             )
         self.dropped = self.dropped | rows.bool()
-        if bool(self.dropped.all()):
+        if bool(self.dropped.all()) and not self.additions:
             raise DataError(f"select_rows dropped all {len(self.keys)} rows of the batch; at least one must remain")
 
     def add(

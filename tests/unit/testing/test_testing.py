@@ -792,6 +792,7 @@ class TestGolden:
             ({"expected": {"y": [3.0, 6.0], "z": 1}}, "the replay computes nothing called 'z'"),
             ({"expected": {"y": {"a": 3.0}}}, "y has no entry 'a'"),
             ({"expected": {"y": [3.0, [6.0, 6.0]]}}, "y.1 has shape () instead of (2,)"),
+            ({"expected": {"y": {}}}, "y has an entry 0 too many; y has an entry 1 too many"),
             ({"inputs": {"x": [1.0, 2.0], "w": 1}}, "the replay does not read input 'w'"),
             ({"params": {"k": 3, "j": 1}}, "the replay does not read parameter 'j'"),
             ({"params": {}}, "the replay raises AssertionError: the case has no parameter 'k'"),
