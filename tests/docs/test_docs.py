@@ -97,7 +97,7 @@ def test_pages_name_every_setting_with_its_default(name):
     for setting, default in PLUGINS[name].defaults.items():
         shown = rows[setting].strip("`")
         if isinstance(default, (list, tuple)):
-            assert shown == f"[{', '.join(default)}]"
+            assert shown == f"[{', '.join(map(str, default))}]"
         elif isinstance(default, (bool, str, type(None))):
             assert shown == {None: "none", True: "true", False: "false"}.get(default, default)
         else:

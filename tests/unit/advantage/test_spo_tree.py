@@ -235,8 +235,9 @@ class TestValues:
         assert batch.written[ADVANTAGE].tolist() == [1, -1]
 
     def test_what_is_hardly_anything_is_nothing(self):
-        value, above = torch.tensor([0.5, 0.5 + 2e-8, 0.5 + 0.5e-8]).double(), torch.tensor([0, 0, 0])
-        _, moved = edge_advantage(value, torch.zeros(3).double(), above, torch.tensor([0, 1, 1]))
+        value = torch.tensor([0.5, 0.5 + 2e-8, 0.5 + 0.5e-8], dtype=torch.double)
+        spread, above, depth = torch.zeros(3).double(), torch.tensor([0, 0, 0]), torch.tensor([0, 1, 1])
+        _, moved = edge_advantage(value, spread, above, depth)
         assert moved.tolist() == [False, True, False]
 
 
