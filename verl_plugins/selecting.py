@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from verl_plugins.fields import Addition
 
 if TYPE_CHECKING:
     from verl_plugins.batch import Batch
+    from verl_plugins.replay import StoredRow
 
 
 class SelectsRows:
@@ -32,7 +33,9 @@ class SelectsRows:
         self.dropped = torch.zeros(len(self.keys), dtype=torch.bool)
         """[B] rows that `drop` removed."""
         self.additions: list[Addition] = []
-        """What `add` added; rows of the later stages, not of this batch."""
+        """What `add` added and `bring_back` brought; rows of the later stages, not of this batch."""
+        self.update_skipped = False
+        """Whether `skip_update` was called."""
 
     def drop(self, rows: Tensor) -> None:
         """Leave rows [B] bool out of the rest of the step (`select_rows` only)."""
@@ -42,7 +45,7 @@ class SelectsRows:
                 f"drop: {rows.dtype} {tuple(rows.shape)}, expected one flag per row, bool ({len(self.keys)},)"
             )
         self.dropped = self.dropped | rows.bool()
-        if bool(self.dropped.all()):
+        if bool(self.dropped.all()) and not self.additions:
             raise DataError(f"select_rows dropped all {len(self.keys)} rows of the batch; at least one must remain")
 
     def add(
@@ -78,12 +81,43 @@ class SelectsRows:
             )
         if not math.isfinite(reward):
             raise DataError(f"add: the reward is {float(reward)}, expected a finite number")
-        uid = self.uid[like]
-        session = self._next_session.get(uid, 0)
-        self._next_session[uid] = session + 1
-        key = f"{uid}_{session}_0"
+        key = self._new_key(self.uid[like])
         new = Addition(key, int(like), response, float(reward), bool(correct), rollout_log_probs)
         self.additions = [*self.additions, new]
+
+    def bring_back(self, rows: Sequence[StoredRow]) -> None:
+        """Train on rows of earlier steps as well (`select_rows` only), each with the old log-probs it is stored with.
+
+        A row keeps its uid and is a session of its own; given twice, it is two rows. What is put for the rows of this
+        step and no number of `columns` has no value for it.
+
+        Raises:
+            DataError: a row has no token, or its log-probs are not one finite number per token.
+        """
+        like = min(range(len(self.keys)), key=self.keys.__getitem__)
+        for row in rows:
+            if not len(row.response) or len(row.old_log_probs) != len(row.response):
+                raise DataError(
+                    f"bring_back: a row of {row.uid} has {len(row.response)} tokens and {len(row.old_log_probs)} "
+                    "old_log_probs; a token is needed, and a log-prob for each"
+                )
+            if not (np.isfinite(row.old_log_probs).all() and math.isfinite(row.reward)):
+                raise DataError(f"bring_back: the reward or an old log-prob of a row of {row.uid} is no finite number")
+        new = [
+            Addition(self._new_key(row.uid), like, row.response, row.reward, row.correct, row.old_log_probs, row)
+            for row in rows
+        ]
+        self.additions = [*self.additions, *new]
+
+    def skip_update(self) -> None:
+        """Leave the weights as they are in this step (`select_rows` only): its rows are looked at, not trained on."""
+        self.update_skipped = True
+
+    def _new_key(self, uid: str) -> str:
+        """Of the next session of a draw."""
+        session = self._next_session.get(uid, 0)
+        self._next_session[uid] = session + 1
+        return f"{uid}_{session}_0"
 
     @cached_property
     def _next_session(self) -> dict[str, int]:
@@ -96,7 +130,7 @@ class SelectsRows:
 
     @cached_property
     def is_added(self) -> Tensor:
-        """[B] bool: rows that `select_rows` added."""
+        """[B] bool: rows that `select_rows` added or brought back."""
         if self._full is None:
             return torch.zeros(len(self.keys), dtype=torch.bool)
         return self._rows_in_full >= len(self._full)
@@ -108,8 +142,13 @@ class SelectsRows:
         return torch.from_numpy(pd.Index(known).get_indexer(self.keys))
 
     def from_full(self, values: Tensor) -> Tensor:
-        """Values [B of `full`] of this batch's rows, [B]; an added row has the value of the row it was added like."""
+        """Values [B of `full`] of this batch's rows, [B]; an added row has the value of the row it was added like.
+
+        A row that was brought back from an earlier step has 0.
+        """
         if self._full is None:
             return values
-        like = torch.tensor([addition.like for addition in self._full.additions], dtype=torch.int64)
-        return torch.cat([values, values[like]])[self._rows_in_full]
+        additions = self._full.additions
+        like = torch.tensor([len(values) if new.past else new.like for new in additions], dtype=torch.int64)
+        known = torch.cat([values, values.new_zeros(1)])
+        return torch.cat([values, known[like]])[self._rows_in_full]

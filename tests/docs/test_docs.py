@@ -109,7 +109,7 @@ def has_defaults(page, form, defaults):
     for setting, default in defaults.items():
         shown = rows[setting].strip("`")
         if isinstance(default, (list, tuple)):
-            assert shown == f"[{', '.join(default)}]"
+            assert shown == f"[{', '.join(map(str, default))}]"
         elif isinstance(default, (bool, str, type(None))):
             assert shown == {None: "none", True: "true", False: "false"}.get(default, default)
         else:

@@ -52,14 +52,20 @@ class EstimatesAdvantage(SendsRows):
             batch = self._store(batch, self._full)
         kept = [key for key, dropped in zip(batch.keys, self._full.dropped.tolist(), strict=True) if not dropped]
         if self._full.additions:
-            batch = store_additions(batch, self._full, self.tokenizer.eos_token_id)
+            batch = store_additions(batch, self._full, self.tokenizer.eos_token_id, self.rows.__getitem__)
             kept = sorted([*kept, *batch.keys[len(self._full) :]], key=_row_order)
         if kept != batch.keys:
             batch = batch.select_keys(kept)
-        prompts = len(set(self._full.uid))
-        resized = len(kept) != len(self._full) and not len(kept) % prompts
-        self._rows_per_prompt = len(kept) // prompts if resized else None
+        self._past = {new.key: new.past.old_log_probs for new in self._full.additions if new.past is not None}
+        self._rows_per_prompt = self._resized(kept)
         return batch
+
+    def _resized(self, kept: Sequence[str]) -> int | None:
+        """Rows of each prompt where the stage has changed their number; None where rows are not responses of a step."""
+        prompts = len(set(self._full.uid))
+        if len(kept) == len(self._full) or len(kept) % prompts or self._past or bool(self._full.turn.any()):
+            return None
+        return len(kept) // prompts
 
     def _keep_order(self) -> Any:
         """With one rank there is nothing to balance, and verl's partitioning is slow for what it then returns."""

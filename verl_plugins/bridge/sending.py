@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transfer_queue as tq
+from tensordict import TensorDict
 from torch import Tensor
 from transfer_queue import KVBatchMeta
 from verl.workers.utils.padding import response_from_nested
@@ -97,9 +98,20 @@ class SendsRows:
         batch.extra_info.pop(SQUARES, None)
         if squares:
             self._read_sum_pi_squared(batch)
+        self._restore_old_log_probs(batch.partition_id)
         if "prompt_log_probs" in self.needs:
             self._read_prompt_log_probs(batch)
         return batch
+
+    def _restore_old_log_probs(self, partition: str) -> None:
+        """Rows of earlier steps have again those of the policy that wrote them; verl asks the current one for all."""
+        if not self._past:
+            return
+        rows = [torch.as_tensor(values, dtype=torch.float32) for values in self._past.values()]
+        fields = {"old_log_probs": torch.nested.as_nested_tensor(rows, layout=torch.jagged)}
+        tq.kv_batch_put(
+            keys=[*self._past], partition_id=partition, fields=TensorDict(fields, batch_size=len(self._past))
+        )
 
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         return super()._compute_ref_log_prob(self._for_workers(batch), metrics)

@@ -63,6 +63,8 @@ class Stages(DrawsPrompts, EstimatesAdvantage, ServesRollouts, SavesState):
         self._full: Batch | None = None
         self._batch: Batch | None = None
         self._rows_per_prompt: int | None = None
+        self._past: dict[str, np.ndarray] = {}
+        """Old log-probs of the rows of earlier steps, by their keys in this one."""
         self._prompt_log_probs: dict[str, Tensor] = {}
         self._sum_pi_squared: dict[str, Tensor] = {}
         self._columns: set[str] = set()
@@ -71,7 +73,7 @@ class Stages(DrawsPrompts, EstimatesAdvantage, ServesRollouts, SavesState):
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="health")
         self._updates: list[tuple[Batch, Future[dict[str, float]]]] = []
         """Of each update of the step: all its rows, and their health metrics."""
-        self._stopped = self._told_of_gradient = False
+        self._stopped = self._told_of_gradient = self._told_of_skipping = False
         self._agents: list[Any] = []
         self._failures = Failures()
         self._told: set[str] = set()
@@ -113,12 +115,16 @@ class Stages(DrawsPrompts, EstimatesAdvantage, ServesRollouts, SavesState):
         for full, health in updates:
             for key, value in health.result().items():
                 found.setdefault(key, []).append(value)
+            found.setdefault("health/update_skipped", []).append(float(full.update_skipped))
             dropped = [key for key, gone in zip(full.keys, full.dropped.tolist(), strict=True) if gone]
             if dropped:
                 tq.kv_clear(keys=dropped, partition_id="train")
         return {key: float(_together(key)(values)) for key, values in found.items()}
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        if self._full.update_skipped:
+            self._tell_skipped()
+            return batch
         batch.extra_info[STEP_KEY] = self.global_steps
         with self._group_size():
             batch = super()._update_actor(self._for_workers(batch, *LOSS_FIELDS), metrics)
@@ -148,7 +154,17 @@ class Stages(DrawsPrompts, EstimatesAdvantage, ServesRollouts, SavesState):
                     "optimiser steps where it is; lower the learning rate, or look at actor/grad_norm in metrics.jsonl"
                 )
 
+    def _tell_skipped(self) -> None:
+        if self.reporter is not None and not self._told_of_skipping:
+            self._told_of_skipping = True
+            self.reporter.note(
+                f"step {self.global_steps} is not trained on, since a plugin found nothing to learn from in it; "
+                "health/update_skipped counts such steps"
+            )
+
     def _update_critic(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        if self._full.update_skipped:
+            return batch
         with self._group_size():
             return super()._update_critic(batch, metrics)
 

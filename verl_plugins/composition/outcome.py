@@ -222,8 +222,10 @@ def _allowed(stage: str, arguments: Mapping[str, Any]) -> None:
     batch = arguments.get("batch")
     if batch is None:
         return
-    if stage != "select_rows" and (batch.additions or bool(batch.dropped.any())):
-        raise ResultError(f"{stage} called batch.{'add' if batch.additions else 'drop'}, which only select_rows may")
+    done = [("drop", bool(batch.dropped.any())), ("skip_update", batch.update_skipped)]
+    done += [("add" if new.past is None else "bring_back", True) for new in batch.additions]
+    for what in [name for name, called in done if called and stage != "select_rows"]:
+        raise ResultError(f"{stage} called batch.{what}, which only select_rows may")
     if stage in LATER and "rm_scores" in batch.written:
         raise ResultError(f"{stage} assigned batch.rewards, too late for the advantages: do it in shape_rewards")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from verl_plugins.fields import Addition
+from verl_plugins.replay import StoredRow
 from verl_plugins.testing.fakes import plausible
 
 PROMPT_FIELDS = ("prompts", "prompt_log_probs")
@@ -74,24 +75,32 @@ class Table:
         }
         return self.with_columns(changed)
 
-    def with_additions(self, additions: Sequence[Addition]) -> Table:
-        """The responses that `select_rows` added, at the end: rows like those of their groups, with other tokens."""
+    def with_additions(self, additions: Sequence[Addition], dataset: Callable[[int], Mapping[str, Any]]) -> Table:
+        """The rows that `select_rows` added or brought back, at the end; of what they share, as rows of their groups.
+
+        Those of earlier steps have their context, old log-probs and columns, and what `dataset` has of their prompt.
+        """
         if not additions:
             return self
         ids = [torch.as_tensor(addition.response).long() for addition in additions]
         policy = [plausible(row) for row in ids]
         last = [torch.zeros(len(row)).index_fill_(0, torch.tensor(len(row) - 1), 1.0) for row in ids]
         known = [addition.rollout_log_probs for addition in additions]
-        rollout = [old if own is None else own for own, old in zip(known, policy, strict=True)]
+        rollout = [old if own is None else torch.as_tensor(own) for own, old in zip(known, policy, strict=True)]
+        before = [old if new.past is None else own for new, own, old in zip(additions, rollout, policy, strict=True)]
         of_tokens = {
             "responses": ids,
             "response_mask": [torch.ones_like(row) for row in ids],
             "rm_scores": [row * addition.reward for row, addition in zip(last, additions, strict=True)],
-            "rollout_log_probs": [torch.as_tensor(row) for row in rollout],
-            **dict.fromkeys(("old_log_probs", "log_probs", "ref_log_prob"), policy),
+            "rollout_log_probs": rollout,
+            "old_log_probs": before,
+            **dict.fromkeys(("log_probs", "ref_log_prob"), policy),
             **dict.fromkeys(("entropy", "current_entropy"), [-row for row in policy]),
         }
-        old = self.as_wide_as(max(self.width, *map(len, ids)))
+        prompts = self.columns["prompts"]
+        longest = max(0 if addition.past is None else len(addition.past.context) for addition in additions)
+        widened = torch.nn.functional.pad(prompts, (0, max(0, longest - prompts.shape[1])))
+        old = self.as_wide_as(max(self.width, *map(len, ids))).with_columns({"prompts": widened})
         wide = [torch.zeros(old.width)]
         keys = [addition.key for addition in additions]
         new = old.rows([addition.like for addition in additions]).with_columns(
@@ -103,10 +112,24 @@ class Table:
                 "extra_fields": [{"reward_extra_info": {"acc": float(addition.correct)}} for addition in additions],
             }
         )
+        for place, addition in enumerate(additions):
+            if addition.past is not None:
+                new._become(place, addition.past, dataset(addition.past.prompt_id))
         join = lambda one, two: torch.cat([one, two]) if isinstance(one, Tensor) else [*one, *two]  # noqa: E731
         return Table(
             [*self.keys, *keys], {name: join(column, new.columns[name]) for name, column in old.columns.items()}
         )
+
+    def _become(self, row: int, past: StoredRow, prompt: Mapping[str, Any]) -> None:
+        """Write a row of an earlier step into the columns that are not of its response's tokens."""
+        size = len(past.context)
+        own = {"prompt_lengths": size, "__offset__": past.offset, "__truncated__": past.truncated}
+        own |= {**prompt, **past.columns}
+        for name, value in own.items():
+            if name in self.columns:
+                self.columns[name][row] = value
+        self.columns["prompts"][row] = 0
+        self.columns["prompts"][row, :size] = torch.as_tensor(past.context)
 
     def with_columns(self, columns: Mapping[str, Any]) -> Table:
         """Columns added or replaced."""

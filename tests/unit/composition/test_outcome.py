@@ -22,11 +22,13 @@ from verl_plugins.composition.blame import whose
 from verl_plugins.composition.manager import Plugins
 from verl_plugins.errors import ResultError
 from verl_plugins.hookspecs import FIRST_RESULT
+from verl_plugins.replay import StoredRow
 from verl_plugins.services import Prompt, Prompts, Rollout, Segment, Verdict
 from verl_plugins.testing import FakeDataset, FakeRun
 from verl_plugins.tokens import Tokens
 
 NAN = float("nan")
+PAST = StoredRow("5-1-0", 1, np.array([3]), 0, np.array([4]), np.array([-0.5]), 1.0, True, False)
 
 
 def plugin(plugin_name: str, stage: str, function: Callable, **options: Any) -> Plugin:
@@ -182,6 +184,8 @@ CASES += [
     for change, said in (
         (lambda batch: batch.drop(torch.arange(4) == 1), f"{stage} called batch.drop, which only select_rows may"),
         (lambda batch: batch.add(0, np.array([1]), reward=1, correct=True), f"{stage} called batch.add, which only"),
+        (lambda batch: batch.bring_back([PAST]), f"{stage} called batch.bring_back, which only"),
+        (lambda batch: batch.skip_update(), f"{stage} called batch.skip_update, which only"),
     )
 ]
 CASES += [

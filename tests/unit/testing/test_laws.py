@@ -50,6 +50,7 @@ OF_THE_GYM = Scenario(
         }
     }
 )
+SHORT_ANSWERS = Scenario(tokens=7)
 SECOND_EPOCH = Scenario(overrides={"data.train_batch_size": 48}, seed=5)
 """Every step is an epoch of its own, so that prompts are reflected on; with this seed answers are replayed, too."""
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -97,6 +98,14 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "spo_chain": [
         {"config": {"interval": 1, "samples": 2}, "except_for": LONE_SEGMENTS},
         {"config": {"interval": 2, "samples": 3, "whiten": "none", "rho": 0.5}, "except_for": LONE_SEGMENTS},
+    ],
+    "spo_tree": [
+        {"scenario": SHORT_ANSWERS, "config": {"branches": [3, 2, 2], "segment_tokens": 2}},
+        {"scenario": SHORT_ANSWERS, "config": {"branches": [2, 2], "segment_tokens": 2, "by_std": True, "rows": 13}},
+        {
+            "scenario": SHORT_ANSWERS,
+            "config": {"branches": [3, 2], "segment_tokens": 2, "rows_per_prompt": 2, "whiten": "none", "rho": 0.5},
+        },
     ],
     "mopps": [{}, {"config": {"strategy": "threshold", "pool_ratio": 2, "decay": 0.5}}, {"config": {"metric": "acc"}}],
     "clip_cov": [

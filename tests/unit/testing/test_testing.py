@@ -21,6 +21,7 @@ import torch
 
 from verl_plugins import CompositionError, DataError, Plugin, Segment, Verdict, hookimpl, setting
 from verl_plugins.composition.needs import NEEDS
+from verl_plugins.replay import RowStore
 from verl_plugins.testing import PluginCheckError, Scenario, check_plugin
 from verl_plugins.testing.record import generator_states
 
@@ -160,6 +161,53 @@ class Cuts(Plugin):
 def test_a_plugin_that_publishes_segments():
     check_plugin(Cuts)
     check_plugin(Cuts, scenario=Scenario(tokens=5, seed=3))
+
+
+class Returns(Plugin):
+    """Half of the rows wait a step, with the log-probs they then have; in step 3 the weights stay."""
+
+    name = "returns"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.store = RowStore(["age"])
+
+    @hookimpl
+    def select_rows(self, run, batch):
+        batch.put("age", torch.zeros(len(batch)))
+        late = batch.session % 2 == 1
+        rows = late.nonzero()[:, 0].numpy()
+        whole = rows[(batch.response_mask.sum(1) == batch.lengths)[late].numpy()]
+        old = run.log_probs(batch)
+        log_probs = [old[row, : batch.lengths[row]] for row in whole.tolist()]
+        batch.bring_back(self.store.take(np.ones(len(self.store), bool)))
+        self.store.add(batch, whole, run.step, log_probs, {"age": np.ones(len(whole))})
+        batch.drop(late)
+        if run.step == 3:
+            batch.skip_update()
+
+    @hookimpl
+    def estimate_advantage(self, run, batch):
+        age = batch.extra("age")
+        run.log({"old": age.mean(), "drift": float((batch.old_log_probs * batch.response_mask).sum())})
+        several = batch.from_full(batch.full.groups.count() > 1) | (age > 0)
+        return batch.to_tokens(several * (batch.scores - 0.5) / (1 + age))
+
+    @hookimpl
+    def policy_loss(self, tokens):
+        ratio = (tokens.log_probs - tokens.old_log_probs).exp()
+        return -ratio * tokens.advantages * (1 + tokens.extra("age"))[:, None] * tokens.response_mask
+
+    def state_dict(self):
+        return self.store.state_dict()
+
+    def load_state_dict(self, state):
+        self.store.load_state_dict(state)
+
+
+@pytest.mark.parametrize("scenario", [Scenario(), Scenario(prompts=4, group_size=2, tokens=7, seed=1)])
+def test_a_plugin_that_brings_rows_back(scenario):
+    check_plugin(Returns, scenario=scenario)
 
 
 @pytest.mark.parametrize(
@@ -792,6 +840,7 @@ class TestGolden:
             ({"expected": {"y": [3.0, 6.0], "z": 1}}, "the replay computes nothing called 'z'"),
             ({"expected": {"y": {"a": 3.0}}}, "y has no entry 'a'"),
             ({"expected": {"y": [3.0, [6.0, 6.0]]}}, "y.1 has shape () instead of (2,)"),
+            ({"expected": {"y": {}}}, "y has an entry 0 too many; y has an entry 1 too many"),
             ({"inputs": {"x": [1.0, 2.0], "w": 1}}, "the replay does not read input 'w'"),
             ({"params": {"k": 3, "j": 1}}, "the replay does not read parameter 'j'"),
             ({"params": {}}, "the replay raises AssertionError: the case has no parameter 'k'"),
