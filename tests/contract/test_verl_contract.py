@@ -125,6 +125,7 @@ SYMBOLS: list[tuple[str, str, str | None]] = [
     ("verl.workers.config", "ActorConfig", "strategy clip_ratio clip_ratio_low clip_ratio_high policy_loss"),
     ("verl.workers.config", "HFModelConfig", None),
     ("verl.workers.config", "RolloutConfig", None),
+    (PADDING, "response_from_nested", "tensor response_mask"),
     (PADDING, "no_padding_2_padding", "tensor data"),
     (PADDING, "response_to_nested", "tensor response_mask"),
     # agent loop and reward
