@@ -16,7 +16,7 @@ from verl_plugins.plugin import Plugin, setting
 if TYPE_CHECKING:
     from verl_plugins.batch import Batch
     from verl_plugins.groups import Groups
-    from verl_plugins.services import Actor, Answer, Prompt, Prompts, Rollout, Run, Verdict
+    from verl_plugins.services import Actor, Answer, Prompt, Prompts, Rollout, Run, Segment, Verdict
     from verl_plugins.tokens import Tokens
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "RECIPES",
     "Rollout",
     "Run",
+    "Segment",
     "StateError",
     "Tokens",
     "Verdict",
@@ -45,7 +46,7 @@ _LAZY = {
     "Batch": "batch",
     "Tokens": "tokens",
     "Groups": "groups",
-    **dict.fromkeys(["Actor", "Answer", "Prompt", "Prompts", "Rollout", "Run", "Verdict"], "services"),
+    **dict.fromkeys(["Actor", "Answer", "Prompt", "Prompts", "Rollout", "Run", "Segment", "Verdict"], "services"),
 }
 
 

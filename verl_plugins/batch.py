@@ -12,16 +12,19 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
 from verl_plugins.errors import DataError
-from verl_plugins.fields import LOSS_MASK, RESERVED, Addition, Fields, Source, TensorSource, narrowed, version
+from verl_plugins.fields import LOSS_MASK, RESERVED, Fields, Source, TensorSource, narrowed, version
 from verl_plugins.groups import Groups
+from verl_plugins.selecting import SelectsRows
+
+TOLD = {"truncated", "offset", "lag", "lag_steps"}
+"""What the bridge says of rows, under names of its own."""
 
 
-class Batch:
+class Batch(SelectsRows):
     """The responses of one training step, padding rows left out; fields are fetched when first read.
 
     Group statistics count each session once, by its last output; their results come back for every row.
@@ -31,14 +34,10 @@ class Batch:
         self._source = source
         self._tokenizer = tokenizer
         self._budget = budget
-        self._full = full
         self._fields = Fields()
         self.written: dict[str, Tensor] = {}
         """Fields put by plugins, still to be shipped by the bridge."""
-        self.dropped = torch.zeros(len(source.keys), dtype=torch.bool)
-        """[B] rows that `drop` removed."""
-        self.additions: list[Addition] = []
-        """What `add` added; rows of the later stages, not of this batch."""
+        super().__init__(full)
 
     @classmethod
     def from_tensors(cls, *, uid: Sequence[str], full: Batch | None = None, **fields: Any) -> Batch:
@@ -50,7 +49,7 @@ class Batch:
         turns = torch.as_tensor(fields.pop("turn", [0] * len(uid))).clone()
         keys = [f"{u}_{s}_{t}" for u, s, t in zip(uid, sessions.tolist(), turns.tolist(), strict=True)]
         tokenizer, budget = fields.pop("tokenizer", None), fields.pop("budget", None)
-        fields |= {"__truncated__": fields.pop("truncated")} if "truncated" in fields else {}
+        fields |= {f"__{name}__": fields.pop(name) for name in TOLD & fields.keys()}
         batch = cls(TensorSource(keys, fields), tokenizer=tokenizer, budget=budget, full=full)
         batch.uid, batch.session, batch.turn = np.asarray(uid, dtype=object), sessions, turns
         return batch
@@ -208,8 +207,34 @@ class Batch:
 
     @cached_property
     def lengths(self) -> Tensor:
-        """[B] int64 response length in tokens, tool output included."""
+        """[B] int64 length of the row's response, or of its segment of one, in tokens, tool output included."""
         return torch.as_tensor(self._field("response_lengths"))
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """[B] int64 tokens of the response in the row's context: 0 unless it is a later segment of its response."""
+        return self._told("__offset__")
+
+    def _told(self, name: str) -> Tensor:
+        """[B] int64 what the bridge says of each row, 0 where it says nothing."""
+        with contextlib.suppress(KeyError):
+            return torch.as_tensor(self._source.fetch(name))
+        return torch.zeros(len(self), dtype=torch.int64)
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """[B] int64 tokens of the response up to the row's end: of its session's last row, the response's length."""
+        return self.lengths + self.offsets
+
+    @cached_property
+    def lag(self) -> Tensor:
+        """[B] int64 optimiser updates between the weights that began to generate a response and those trained now."""
+        return self._told("__lag__")
+
+    @cached_property
+    def lag_steps(self) -> Tensor:
+        """[B] int64 the same in steps, which asynchronous modes bound; 0 in `sync`."""
+        return self._told("__lag_steps__")
 
     @cached_property
     def budgets(self) -> Tensor:
@@ -237,8 +262,11 @@ class Batch:
 
     @cached_property
     def text(self) -> list[str]:
-        """[B] decoded responses."""
+        """[B] decoded responses, each up to the row's end."""
         ids = [row[:n].tolist() for row, n in zip(self.responses, self.lengths.tolist(), strict=True)]
+        if self.offsets.any():
+            known = zip(self.extra("prompts"), self.prompt_lengths.tolist(), self.offsets.tolist(), ids, strict=True)
+            ids = [[*prompt[n - before : n].tolist(), *row] for prompt, n, before, row in known]
         return self._tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     @property
@@ -260,6 +288,11 @@ class Batch:
     def entropy(self) -> Tensor:
         """[B,T] entropy of the policy before this step's update, at each response token."""
         return self._field("entropy")
+
+    @property
+    def sum_pi_squared(self) -> Tensor:
+        """[B,T] sum over the vocabulary of the squared probabilities, before this step's update."""
+        return self._field("sum_pi_squared")
 
     @property
     def prompt_log_probs(self) -> Tensor:
@@ -322,79 +355,3 @@ class Batch:
         given = {id(value) for value in self._fields.values()}
         named = [name for name, value in kept.items() if id(value) not in given]
         return self._fields.changed() + ["scores" if name == "_row_sums" else name for name in named]
-
-    def drop(self, rows: Tensor) -> None:
-        """Leave rows [B] bool out of the rest of the step (`select_rows` only)."""
-        self._row_shaped(rows, "drop")
-        if rows.dim() != 1 or bool(((rows != 0) & (rows != 1)).any()):
-            raise DataError(f"drop: {rows.dtype} {tuple(rows.shape)}, expected one flag per row, bool ({len(self)},)")
-        self.dropped = self.dropped | rows.bool()
-        if bool(self.dropped.all()):
-            raise DataError(f"select_rows dropped all {len(self)} rows of the batch; at least one must remain")
-
-    def add(
-        self,
-        like: int,
-        response: np.ndarray,
-        *,
-        reward: float,
-        correct: bool,
-        rollout_log_probs: np.ndarray | None = None,
-    ) -> None:
-        """Train on a further response to the prompt of row `like`, in its group (`select_rows` only).
-
-        Args:
-            like: a row of this batch.
-            response: [n] token ids, all of them the policy's.
-            reward: its score.
-            correct: its verdict.
-            rollout_log_probs: [n] log-probs under the policy that generated it; needed where the rollout reports them.
-
-        Raises:
-            DataError: if there is no such row, the response is empty or the log-probs are not one per token.
-        """
-        if not 0 <= like < len(self) or not len(response):
-            raise DataError(f"add: row {like} of {len(self)} and {len(response)} tokens; a row and a token are needed")
-        if rollout_log_probs is not None and len(rollout_log_probs) != len(response):
-            raise DataError(f"add: {len(rollout_log_probs)} rollout_log_probs for {len(response)} tokens")
-        if np.asarray(response).dtype.kind not in "iu" or np.min(response) < 0:
-            raise DataError(
-                f"add: the response is {response!r:.80}, expected token ids, which are whole numbers from 0 on"
-            )
-        if not math.isfinite(reward):
-            raise DataError(f"add: the reward is {float(reward)}, expected a finite number")
-        uid = self.uid[like]
-        session = self._next_session.get(uid, 0)
-        self._next_session[uid] = session + 1
-        key = f"{uid}_{session}_0"
-        new = Addition(key, int(like), response, float(reward), bool(correct), rollout_log_probs)
-        self.additions = [*self.additions, new]
-
-    @cached_property
-    def _next_session(self) -> dict[str, int]:
-        return pd.Series(self.session.numpy()).groupby(self.uid).max().add(1).to_dict()
-
-    @property
-    def full(self) -> Batch:
-        """The batch as it was rolled out, before `select_rows` dropped or added rows (fields known by then)."""
-        return self._full or self
-
-    @cached_property
-    def is_added(self) -> Tensor:
-        """[B] bool: rows that `select_rows` added."""
-        if self._full is None:
-            return torch.zeros(len(self), dtype=torch.bool)
-        return self._rows_in_full >= len(self._full)
-
-    @cached_property
-    def _rows_in_full(self) -> Tensor:
-        """[B] int64 place among the rows of `full` and what was added to them."""
-        known = [*self._full.keys, *(addition.key for addition in self._full.additions)]
-        return torch.from_numpy(pd.Index(known).get_indexer(self.keys))
-
-    def from_full(self, values: Tensor) -> Tensor:
-        """Values [B of `full`] of this batch's rows, [B]; an added row has the value of the row it was added like."""
-        if self._full is None:
-            return values
-        like = torch.tensor([addition.like for addition in self._full.additions], dtype=torch.int64)
-        return torch.cat([values, values[like]])[self._rows_in_full]

@@ -13,10 +13,13 @@ from verl_plugins.errors import DataError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from verl_plugins.replay import StoredRow
+
 RESERVED = frozenset(
     ("prompts", "responses", "input_ids", "attention_mask", "position_ids", "response_mask", "rm_scores")
     + ("raw_scores", "advantages", "returns", "values", "rollout_log_probs", "ref_log_prob", "entropy", "raw_prompt")
-    + ("prompt_log_probs", "routed_experts", "uid", "extra_fields", "extra_info", "reward_model", "data_source")
+    + ("prompt_log_probs", "sum_pi_squared", "routed_experts")
+    + ("uid", "extra_fields", "extra_info", "reward_model", "data_source")
     + ("response_lengths", "prompt_lengths", "seq_len", "verdict", "acc")
 )
 """Names of the trainer's own; what a method may replace is the policy's `old_log_probs`, in `observe`."""
@@ -37,6 +40,8 @@ class Addition:
     correct: bool
     rollout_log_probs: np.ndarray | None
     """[n] what the rollout server reported when it was generated."""
+    past: StoredRow | None = None
+    """The row of an earlier step that it is; then only the columns' names and types are those of row `like`."""
 
 
 class Source(Protocol):

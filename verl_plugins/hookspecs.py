@@ -4,8 +4,8 @@ A plugin implements the stages it needs, with any subset of the arguments, in an
 answer of one plugin; the others call all. Any stage may be wrapped with `@hookimpl(wrapper=True)`. An implementation
 marked `trylast` on a first-result stage is a default: any other plugin replaces it.
 
-Driver process: all stages but four. Agent-loop workers: `rollout_group`. Reward workers: `score_answer`.
-Actor workers: `policy_loss`, `loss_terms`, `optimizer_step`.
+Driver process: all stages but six. Agent-loop workers: `rollout_group`. Rollout servers and actor workers:
+`shape_logits`. Reward workers: `score_answer`. Actor workers: `policy_loss`, `loss_terms`, `optimizer_step`.
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ async def rollout_group(
     run: Run, prompt: Prompt, sample: Callable[..., Awaitable[list[Rollout]]]
 ) -> list[Rollout] | None:
     """Generate the responses of one draw of a prompt; `await sample(n)` rolls out and scores n without publishing."""
+
+
+@hookspec(firstresult=True)
+def shape_logits(logits: Tensor) -> Tensor | None:
+    """The logits, [..., vocabulary], that the policy's softmax sees, before temperature, wherever it is evaluated."""
 
 
 @hookspec(firstresult=True)
@@ -107,12 +112,13 @@ def on_train_end(run: Run) -> None:
     """Training ended normally."""
 
 
-FIRST_RESULT = ("select_prompts", "rollout_group", "score_answer", "estimate_advantage", "policy_loss")
+FIRST_RESULT = ("select_prompts", "rollout_group", "shape_logits", "score_answer", "estimate_advantage", "policy_loss")
 FIRST_RESULT += ("optimizer_step",)
 STAGES = (
     "select_prompts",
     "prepare_prompts",
     "rollout_group",
+    "shape_logits",
     "score_answer",
     "shape_rewards",
     "select_rows",

@@ -6,7 +6,7 @@ These are the types plugins are written against; `bridge/` provides them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -38,6 +38,8 @@ class Run(Protocol):
     """The whole composed configuration."""
     step: int
     """The training step, from 1."""
+    update: int
+    """The update, from 1: `step`, but in `separate_async`, where a step has `parameter_sync_step` of them."""
     tokenizer: Any
     dataset: Dataset
 
@@ -187,6 +189,25 @@ class Rollout:
     """Of each token of the response: 1 if the policy generated it in this session, 0 of a prefix or a tool."""
     fields: dict[str, Any] = field(default_factory=dict)
     """Put here, values travel with the row: later stages read them with `batch.extra(name)`."""
+    segments: list[Segment] = field(default_factory=list)
+    """The rows it is published as, in the order of their tokens; none: one row, of all its tokens."""
+
+
+@dataclass
+class Segment:
+    """Tokens of a response as a row of their own; what stands before them is its context and is not trained on.
+
+    A response counts once, by its last segment, whose end is the response's and which alone may be empty. What another
+    response begins with as well is published with one of them.
+    """
+
+    rollout: Rollout
+    """In which they were generated, with their mask and log-probs: the response itself, or what it continues."""
+    start: int
+    end: int
+    """Places in the tokens of the response, the end not included."""
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Travel with this row, besides those of the response."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +238,20 @@ class Actor(Protocol):
     """The training step, from 1."""
     mini_batch: int
     """Optimiser steps already made in this training step."""
+
+    def parameters(self) -> list[Tensor]:
+        """This rank's parts of the parameters that are trained; to write into one changes the model."""
+
+    def logits(self, tokens: int, at: Iterable[Tensor] | None = None) -> Tensor:
+        """[n,V] logits that predict response tokens of this mini-batch, over the temperature and after `shape_logits`.
+
+        At the parameters as they are, or at others, a tensor for each of `parameters()`, which are taken back whatever
+        happens. `tokens` response tokens of all ranks together, evenly spread, the same in each call; without gradient
+        or dropout, in single precision or better. All ranks must call it together; declare `logits` in `needs`.
+        """
+
+    def gather(self, values: Tensor) -> Tensor:
+        """[any] values of all ranks, one rank's after the other's; all must call it together, some may have none."""
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Add metrics; `key` appears as `plugins/<plugin>/<key>`, averaged over the mini-batches of the step."""

@@ -104,6 +104,16 @@ class TestARun:
         assert found["run vade, reward"].found == "plugin math_verify"
         assert "512 rows" in next(one.found for one in checks.examine_run("vade", "cpu") if "train" in one.found)
 
+    @pytest.mark.parametrize(("backend", "packages"), [("gloo", []), ("nccl", ["cupy"]), ("nixl", ["cupy", "nixl"])])
+    def test_what_carries_the_weights(self, backend: str, packages: list[str]) -> None:
+        words = [
+            "trainer.v1.trainer_mode=separate_async",
+            f"actor_rollout_ref.rollout.checkpoint_engine.backend={backend}",
+        ]
+        found = [one for one in checks.examine_run("vade", "cpu", words) if one.what == f"checkpoint engine {backend}"]
+        assert [one.found for one in found] == [f"package {package} is not installed here" for package in packages]
+        assert all(one.state == "absent" and one.mend.startswith("pip install ") for one in found)
+
     @pytest.mark.parametrize(
         ("words", "part"),
         [

@@ -17,8 +17,7 @@ from verl_plugins.bridge.actor import PluginActorWorker
 from verl_plugins.bridge.loops import SingleTurn, ToolLoop
 from verl_plugins.bridge.reward import PluginRewardManager
 from verl_plugins.bridge.rollout import PluginAgentLoopManager, PluginAgentLoopWorker
-from verl_plugins.bridge.runner import PluginTaskRunner
-from verl_plugins.bridge.trainer import TRAINERS
+from verl_plugins.bridge.runner import TRAINERS, PluginTaskRunner
 from verl_plugins.cpu.client import SingleServerClient, SingleServerFullyAsyncClient
 from verl_plugins.cpu.rollout import ServerAdapter, TransformersReplica
 
@@ -50,9 +49,11 @@ ATTRIBUTES: list[tuple[str, str]] = [
     ("verl.trainer.ppo.v1.replay_buffer:ReplayBuffer", "poll_interval"),
     (f"{AGENT_LOOP}:AgentLoopBase", "continuous_token_builder ct_build_initial_tokens _cap_text_prompt_length"),
     (f"{AGENT_LOOP}:AgentLoopManager", "agent_loop_workers_class"),
-    (f"{WORKERS}:ActorRolloutRefWorker", "actor config"),
+    (f"{WORKERS}:ActorRolloutRefWorker", "actor ref config"),
     (f"{WORKERS}:TrainingWorker", "engine loss_fn train_mini_batch"),
-    (ENGINE, "module optimizer optimizer_step train_batch get_data_parallel_group"),
+    (ENGINE, "module optimizer optimizer_step train_batch infer_batch get_data_parallel_group"),
+    (ENGINE, "ulysses_sequence_parallel_size ulysses_parallel_group"),
+    (f"{ENGINE}WithLMHead", "prepare_model_outputs"),
     ("verl.workers.config:ActorConfig", "global_batch_info policy_loss loss_agg_mode clip_ratio_low"),
     ("verl.utils.metric:Metric", "aggregation values extend"),
 ]
@@ -62,6 +63,7 @@ CALLS: list[tuple[str, tuple[Any, ...], tuple[str, ...]]] = [
     (f"{WORKERS}:TrainingWorker.train_mini_batch", (), ("data",)),
     (f"{ENGINE}.train_batch", (1,), ("loss_function",)),
     (f"{ENGINE}.optimizer_step", (), ()),
+    (f"{ENGINE}.infer_batch", (1,), ("loss_function",)),
     ("verl.checkpoint_engine:CheckpointEngineManager.update_weights", (1,), ()),
     ("verl.checkpoint_engine:CheckpointEngineManager.abort_replicas", (), ()),
     ("verl.utils.tensordict_utils:assign_non_tensor", (1,), ("metrics",)),

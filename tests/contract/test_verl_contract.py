@@ -31,8 +31,8 @@ from verl.workers.config import ActorConfig
 import verl_plugins
 from verl_plugins.bridge import RUN_VARIABLE, rows
 from verl_plugins.bridge.defaults import clipped_loss
+from verl_plugins.bridge.runner import TRAINERS
 from verl_plugins.bridge.sending import FORWARD_FIELDS, LOSS_FIELDS
-from verl_plugins.bridge.trainer import TRAINERS
 from verl_plugins.composition.compose import compose
 from verl_plugins.cpu.model import make_tokenizer
 from verl_plugins.cpu.registration import ROLLOUT_NAME
@@ -101,7 +101,17 @@ SYMBOLS: list[tuple[str, str, str | None]] = [
     (WORKERS, "TrainingWorker.set_loss_fn", "self loss_fn"),
     (ENGINE, "FSDPEngine.optimizer_step", "self"),
     (ENGINE, "FSDPEngine.train_batch", "self data loss_function"),
+    (ENGINE, "FSDPEngine.infer_batch", "self data loss_function"),
+    (
+        ENGINE,
+        "FSDPEngineWithLMHead.prepare_model_outputs",
+        "self output output_args micro_batch logits_processor_func",
+    ),
     (ENGINE, "CPUOffloadPolicy", "pin_memory"),
+    ("verl.utils.fsdp_utils", "FSDPModule", None),
+    ("verl.utils.fsdp_utils", "fsdp_version", "model"),
+    ("verl.utils.device", "get_device_id", ""),
+    (DICTS, "index_select_tensor_dict", "batch indices"),
     ("verl.trainer.ppo.core_algos", "POLICY_LOSS_REGISTRY", None),
     ("verl.trainer.ppo.core_algos", "agg_loss", "loss_mat loss_mask loss_agg_mode"),
     (
@@ -115,6 +125,7 @@ SYMBOLS: list[tuple[str, str, str | None]] = [
     ("verl.workers.config", "ActorConfig", "strategy clip_ratio clip_ratio_low clip_ratio_high policy_loss"),
     ("verl.workers.config", "HFModelConfig", None),
     ("verl.workers.config", "RolloutConfig", None),
+    (PADDING, "response_from_nested", "tensor response_mask"),
     (PADDING, "no_padding_2_padding", "tensor data"),
     (PADDING, "response_to_nested", "tensor response_mask"),
     # agent loop and reward
@@ -174,6 +185,28 @@ SYMBOLS: list[tuple[str, str, str | None]] = [
     ("verl.plugin.platform.platform_base", "PlatformBase", None),
     (PLATFORM, "PlatformRegistry.register", "platform"),
     (PLATFORM, "set_platform", "platform"),
+    # separate_async
+    ("verl.trainer.ppo.v1", "trainer_separate_async.logger", None),
+    ("verl.trainer.ppo.v1.trainer_separate_async", "PPOTrainerSeparateAsync._setup", "self"),
+    ("verl.trainer.ppo.v1.trainer_separate_async", "PPOTrainerSeparateAsync._init_resource_pool_mgr", "self"),
+    ("verl.experimental.separation.engine_workers", "DetachActorWorker.copy_handler", None),
+    ("verl.checkpoint_engine.base", "CheckpointEngineRegistry.register", "backend"),
+    ("verl.checkpoint_engine.base", "CheckpointEngine.prepare", "self"),
+    ("verl.checkpoint_engine.base", "CheckpointEngine.build_topology", "rollout_world_size metadata"),
+    ("verl.checkpoint_engine.base", "CheckpointEngine.init_process_group", "self"),
+    ("verl.checkpoint_engine.base", "CheckpointEngine.finalize", "self"),
+    ("verl.checkpoint_engine.base", "CheckpointEngine.send_weights", "self weights global_steps"),
+    ("verl.checkpoint_engine.base", "CheckpointEngine.receive_weights", "self global_steps"),
+    ("verl.workers.rollout.utils", "ensure_async_iterator", "iterable"),
+    # the engine of a CPU
+    ("verl.workers.engine.base", "EngineRegistry._engines", None),
+    ("verl.workers.engine.base", "EngineRegistry.register", "model_type backend device vendor"),
+    ("verl.workers.engine.fsdp.transformer_impl", "FSDPEngineWithLMHead.prepare_model_inputs", "self micro_batch"),
+    (
+        "verl.workers.engine.fsdp.transformer_impl",
+        "FSDPEngineWithLMHead.prepare_model_outputs",
+        "self output output_args micro_batch logits_processor_func",
+    ),
     ("verl.workers.rollout.base", "_ROLLOUT_REGISTRY", None),
     ("verl.workers.rollout.base", "BaseRollout", "config model_config device_mesh"),
     ("verl.workers.rollout.base", "BaseRollout.resume", "self tags"),
@@ -219,6 +252,9 @@ FIELDS: list[tuple[str, str, str]] = [
     (AGENT, "AgentLoopWorkerTQ.__ray_metadata__.modified_class.generate_sequences", "validate global_steps index"),
     ("verl.workers.utils.losses", "ppo_loss", "old_log_probs advantages response_mask rollout_is_weights loss_mode"),
     (PADDING, "no_padding_2_padding", "prompts responses"),
+    (ENGINE, "FSDPEngineWithLMHead.prepare_model_inputs", "temperature temperature_rmpad use_remove_padding"),
+    (ENGINE, "FSDPEngine.forward_backward_batch", "loss_mask"),
+    ("verl.workers.engine.utils", "prepare_micro_batches", "use_dynamic_bsz micro_batch_size_per_gpu"),
     (f"{LOOP}.reward_loop.reward_manager.naive", "NaiveRewardManager.run_single", "responses attention_mask acc"),
 ]
 
@@ -472,7 +508,8 @@ class TestRows:
         assert (mine["keys"], mine["partition"], mine["tags"]) == (verls["keys"], verls["partition"], verls["tags"])
         assert mine["fields"].batch_size == verls["fields"].batch_size
         extra, omitted = set(mine["fields"].keys()), set(verls["fields"].keys())
-        assert extra - omitted == {rows.VERDICT, rows.TRUNCATED}
+        assert extra - omitted == {rows.VERDICT, rows.TRUNCATED, rows.OFFSET}
+        assert mine["fields"][rows.OFFSET].tolist() == [0] * turns
         assert omitted - extra <= set(rows.USELESS)
         asked = {rows.ROLLOUT_N: 8, rows.MAX_TOKENS: 16}
         assert {name: mine["fields"][name].tolist() for name in asked} == {k: [v] * turns for k, v in asked.items()}

@@ -1,4 +1,7 @@
-"""A plugin that implements every stage and writes down what it sees; installed by the tests as a third party would."""
+"""A plugin that implements every stage and writes down what it sees; installed by the tests as a third party would.
+
+Every stage but `shape_logits`: it trains with vLLM, too, where nobody may shape them (`test_logits.py` does).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ import numpy as np
 import torch
 
 from verl_plugins import DataError, Plugin, Verdict, hookimpl, setting
+from verl_plugins.hookspecs import STAGES
 
+IMPLEMENTED = tuple(stage for stage in STAGES if stage != "shape_logits")
 SHORT, LONG = 2, 12
 """Response budgets of even and odd prompts."""
 TARGETS = ["1", "23", "456\n"]
@@ -34,6 +39,7 @@ class EveryStage(Plugin):
         super().__init__(config)
         self.folder = Path(config.folder)
         self.counter = itertools.count()
+        self.left_out: list[str] = []
         self.updates = np.zeros(4, dtype=np.int64)
         self.total = torch.zeros(2, dtype=torch.float64)
 
@@ -77,6 +83,8 @@ class EveryStage(Plugin):
         self.record(
             "shape_rewards",
             step=run.step,
+            update=run.update,
+            lag=[sorted(set(values.tolist())) for values in (batch.lag, batch.lag_steps)],
             rows=len(batch),
             groups=len(batch.groups),
             doubled=torch.equal(batch.scores, 2 * before),
@@ -92,6 +100,7 @@ class EveryStage(Plugin):
     def select_rows(self, run, batch):
         batch.put("number", torch.arange(len(batch)).float())
         batch.drop(batch.session == DROPPED)
+        self.left_out += [key for key, gone in zip(batch.keys, batch.dropped.tolist(), strict=True) if gone]
         self.record("select_rows", step=run.step, rows=len(batch), sessions=sorted(set(batch.session.tolist())))
 
     @hookimpl
@@ -157,7 +166,11 @@ class EveryStage(Plugin):
     def on_step_end(self, run, metrics):
         run.log({"end": run.step})
         metrics["plugins/every_stage/added"] = 1.0
-        self.record("on_step_end", step=run.step, loss=float(metrics["actor/loss"]))
+        import transfer_queue as tq  # here: the module itself is imported where verl must not be
+
+        kept = set(tq.kv_list("train")["train"]) & set(self.left_out)
+        loss = float(metrics["actor/loss"])
+        self.record("on_step_end", step=run.step, loss=loss, left_out=len(self.left_out), kept=sorted(kept))
         if run.step == 2:
             run.stop("enough")
 

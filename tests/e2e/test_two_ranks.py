@@ -21,7 +21,10 @@ SETTINGS = (
     "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=512",
     "actor_rollout_ref.actor.entropy_coeff=0.001",
     "+plugins.perp_grad={}",
+    "+plugins.ghosts_of_softmax={mode: diagnose, probe_tokens: 100000}",
+    "+plugins.saturation={probe_tokens: 100000}",
 )
+MEASURED = ("logit_abs_max", "logit_abs_mean", "sc_token_share")
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +52,13 @@ def test_gradients_split_over_ranks_are_projected_as_on_one(one: Training, two: 
         assert b["cos_w_g_max_abs"] > 0
         for key in ("cos_w_g_mean", "cos_w_g_max_abs", "removed_norm_share"):
             assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-5), key
+
+
+def test_effects_on_logits_are_the_largest_of_all_ranks(one: Training, two: Training) -> None:
+    for name, keys in (("ghosts_of_softmax", ("r_proposed", "delta_a", "update_norm")), ("saturation", MEASURED)):
+        for alone, shared in zip(one.steps, two.steps, strict=False):
+            for key in keys:
+                assert ours(shared, name)[key] == pytest.approx(ours(alone, name)[key], rel=0.01, abs=1e-5), key
 
 
 def test_each_has_its_turn(two: Training) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import more_advantage
 import more_loss
+import more_trees
 
 DATA = Path(__file__).parent / "data"
 UID = ["b", "a", "pad-1", "b", "c", "a", "b", "pad-2", "a", "d", "d"]
@@ -240,6 +241,7 @@ def main() -> None:
     write("r3", r3())
     write("sage", sage())
     write("siri", [siri()])
+    write("spo_tree", more_trees.cases())
     write("ttrl", ttrl())
     write("vade", vade())
     of_losses = more_loss.cases()

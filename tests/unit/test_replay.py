@@ -1,15 +1,17 @@
-"""The store of answers: what stays, what is picked, and that a checkpoint changes nothing."""
+"""The stores of answers and of rows: what stays, what is picked, and that a checkpoint changes nothing."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import settings
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from verl_plugins import StateError
-from verl_plugins.replay import Entry, ReplayStore
+from verl_plugins import Batch, StateError
+from verl_plugins.replay import Entry, ReplayStore, RowStore, StoredRow, chances
+from verl_plugins.tokens import row_number
 
 PROMPTS = 4
 
@@ -129,3 +131,142 @@ def test_a_damaged_state_is_refused(part, kept, told):
     state[part] = state[part][:kept]
     with pytest.raises(StateError, match=told):
         ReplayStore(2).load_state_dict(state)
+
+
+KINDS = ("gain", "depth")
+
+
+def rows_of(step: int, sizes: list[tuple[int, int, int]]) -> Batch:
+    """Rows of one step: (prompt, tokens of context, tokens) each."""
+    width, room = max(n for *_, n in sizes), max(n for _, n, _ in sizes)
+    lengths, prompts = torch.tensor([n for *_, n in sizes]), torch.tensor([n for _, n, _ in sizes])
+    mask = torch.arange(width) < lengths[:, None]
+    return Batch.from_tensors(
+        uid=[f"{prompt}-{step}-{place}" for place, (prompt, *_) in enumerate(sizes)],
+        session=[0] * len(sizes),
+        response_mask=mask,
+        rm_scores=torch.nn.functional.one_hot(lengths - 1, width) * (0.5 + torch.arange(len(sizes)))[:, None],
+        responses=(100 * step + torch.arange(len(sizes))[:, None]) * mask,
+        response_lengths=lengths,
+        prompts=(7 * step + torch.arange(room)).expand(len(sizes), room) * (torch.arange(room) < prompts[:, None]),
+        prompt_lengths=prompts,
+        acc=torch.arange(len(sizes)) % 2,
+        truncated=torch.arange(len(sizes)) % 3 == 0,
+        offset=torch.arange(len(sizes)),
+    )
+
+
+SIZES = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 3), st.integers(1, 4)), min_size=1, max_size=5)
+
+
+class Waiting(RuleBasedStateMachine):
+    """Against a list of what was added."""
+
+    @initialize()
+    def start(self):
+        self.store, self.step = RowStore(KINDS), 0
+        self.model: list[dict] = []
+
+    @rule(sizes=SIZES, data=st.data())
+    def add(self, sizes, data):
+        self.step += 1
+        batch = rows_of(self.step, sizes)
+        rows = data.draw(st.permutations(range(len(sizes))))[: data.draw(st.integers(0, len(sizes)))]
+        logs = [-torch.arange(1, sizes[row][2] + 1) / 8 for row in rows]
+        gains = {name: np.array([row + part for row in rows], float) for part, name in enumerate(KINDS)}
+        self.store.add(batch, np.array(rows, int), self.step, logs, gains)
+        for row in sorted(rows, key=lambda row: batch.keys[row]):
+            prompt, m, n = sizes[row]
+            self.model.append(
+                {
+                    "uid": f"{prompt}-{self.step}-{row}",
+                    "step": self.step,
+                    "context": [7 * self.step + place for place in range(m)],
+                    "offset": row,
+                    "response": [100 * self.step + row] * n,
+                    "old_log_probs": [-place / 8 for place in range(1, n + 1)],
+                    "reward": row + 0.5,
+                    "correct": row % 2 == 1,
+                    "truncated": row % 3 == 0,
+                    "columns": {"gain": row, "depth": row + 1},
+                }
+            )
+
+    @rule(age=st.integers(0, 3))
+    def forget(self, age):
+        stale = [row for row in self.model if row["step"] < self.step - age]
+        assert self.store.forget(self.step - age) == len(stale)
+        self.model = [row for row in self.model if row not in stale]
+
+    @rule(data=st.data())
+    def take(self, data):
+        flags = [data.draw(st.booleans()) for _ in self.model]
+        taken = self.store.take(np.array(flags, bool))
+        assert [as_lists(row) for row in taken] == [row for row, gone in zip(self.model, flags, strict=True) if gone]
+        self.model = [row for row, gone in zip(self.model, flags, strict=True) if not gone]
+
+    @rule()
+    def restart(self):
+        other = RowStore(KINDS)
+        other.load_state_dict(self.store.state_dict())
+        self.store = other
+
+    @invariant()
+    def agrees(self):
+        assert len(self.store) == len(self.model)
+        facts = self.store.facts
+        assert facts["prompt_id"].tolist() == [int(row["uid"].split("-")[0]) for row in self.model]
+        assert facts["row"].tolist() == [row_number(f"{row['uid']}_0_0") for row in self.model]
+
+
+def as_lists(row: StoredRow) -> dict:
+    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(row).items()}
+
+
+TestWaiting = Waiting.TestCase
+TestWaiting.settings = settings(max_examples=40, stateful_step_count=12, deadline=None)
+
+
+def test_what_is_kept_is_a_copy():
+    store, batch = RowStore(), rows_of(1, [(0, 2, 3)])
+    store.add(batch, np.array([0]), 1, [torch.zeros(3)], {})
+    batch.responses.zero_()
+    (row,) = store.take(np.array([True]))
+    assert row.response.tolist() == [100] * 3 and row.response.dtype == row.context.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("part", "kept", "told"),
+    [
+        ("response", 2, "2 values of response are saved, and 3 belong to 1 of its 1 rows"),
+        ("old_log_probs", 2, "2 values of old_log_probs are saved, and 3 belong to 1 of its 1 rows"),
+        ("context", 1, "1 values of context are saved, and 2 belong to 1 of its 1 rows"),
+        ("context_length", 0, "2 values of context are saved, and 0 belong to 0 of its 1 rows"),
+        ("uid", 0, "0 values of uid are saved for 1 rows"),
+        ("gain", 0, "0 values of gain are saved for 1 rows"),
+    ],
+)
+def test_damaged_rows_are_refused(part, kept, told):
+    store = RowStore(KINDS)
+    store.add(rows_of(1, [(0, 2, 3)]), np.array([0]), 1, [torch.zeros(3)], {name: np.zeros(1) for name in KINDS})
+    state = store.state_dict()
+    state[part] = state[part][:kept]
+    with pytest.raises(StateError, match=told):
+        RowStore(KINDS).load_state_dict(state)
+
+
+class TestChances:
+    @settings(max_examples=50, deadline=None)
+    @given(st.lists(st.integers(0, 2**63 - 1), unique=True, max_size=20), st.integers(0, 2**63 - 1))
+    def test_of_a_row_whatever_stands_beside_it(self, rows, salt):
+        whole = chances(np.array(rows, np.int64), salt)
+        assert ((whole >= 0) & (whole < 1)).all()
+        assert [chances(np.array([row]), salt)[0] for row in rows] == whole.tolist()
+        assert chances(np.array(rows[::-1], np.int64), salt).tolist() == whole.tolist()[::-1]
+
+    def test_even_and_apart(self):
+        rows = np.arange(1, 20001)
+        one, other = chances(rows, 5), chances(rows, 6)
+        np.testing.assert_allclose(np.histogram(one, 10, (0, 1))[0] / len(rows), 0.1, atol=0.01)
+        assert abs(np.corrcoef(one, other)[0, 1]) < 0.02 and abs(np.corrcoef(one[1:], one[:-1])[0, 1]) < 0.02
+        assert len(set(one)) == len(rows)

@@ -146,9 +146,9 @@ class Adora(Plugin):
 
 
 def generated(batch: Batch) -> Tensor:
-    """[B] tokens the policy generated; tool output is not among them."""
+    """[B] tokens of the response that the policy generated; tool output is not among them."""
     # Bytes are summed several times as fast as bools, and faster as integers than as floats.
-    return batch.response_mask.view(torch.uint8).sum(1, dtype=torch.int32).float()
+    return batch.response_mask.view(torch.uint8).sum(1, dtype=torch.int32).add(batch.offsets).float()
 
 
 def summary(found: Lengths, advantageous: Tensor) -> dict[str, float]:

@@ -58,6 +58,7 @@ def turn_advantage(
     by_std: bool = True,
     gamma: float = 1.0,
     weights: tuple[float, float] = (1.0, 1.0),
+    counted: Tensor | None = None,
 ) -> Tensor:
     """[B,T] rewards at the ends of turns -> [B,T] advantages of the turns' tokens.
 
@@ -70,12 +71,14 @@ def turn_advantage(
         by_std: divide by the pool's population standard deviation.
         gamma: discount per turn, from above 0.
         weights: of outcomes and gains, before they are brought to one scale.
+        counted: [B] bool, rows whose outcome is in the pools; None: all.
     """
     row, place = ends.nonzero().unbind(1)
     count = ends.long().cumsum(1)
     last = count[row, place] == count[row, -1]
     value = rewards.double()[row, place] * torch.where(last, *weights)
-    pools = Groups(group[row] * 2 + (last if mode == "separate" else 0))
+    once = None if counted is None else counted[row] | ~last
+    pools = Groups(group[row] * 2 + (last if mode == "separate" else 0), once)
     mean, std = pools.moments(value, unbiased=False)
     centred = value - mean
     if by_std:
@@ -144,6 +147,7 @@ class Igpo(Plugin):
             by_std=self.config.by_std,
             gamma=self.config.gamma,
             weights=(self.config.outcome_weight, self.config.gain_weight),
+            counted=batch.is_last,
         ).float()
 
     def _beliefs(self, run: Run, batch: Batch, ends: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,7 +188,9 @@ class Igpo(Plugin):
 
     def _log(self, run: Run, batch: Batch, at: Tensor, gains: Tensor, fine: Tensor, ends: Tensor) -> None:
         turns, several = ends.sum(1), ends.sum(1) > 1
-        run.log({"turns": float(turns.double().mean()), "outcome_mean": float(batch.scores.double().mean())})
+        run.log(
+            {"turns": float(turns.double().mean()), "outcome_mean": float(batch.scores[batch.is_last].double().mean())}
+        )
         if several.any():
             run.log({"fallback_frac": float((~fine[several]).double().mean())})
         found = gains[at]

@@ -102,6 +102,44 @@ def k3(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
     return away.exp() - away - 1
 
 
+def segment_loss(tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """[rows,T] the policy loss per token, 0 in a micro-batch that ran away, and where it is clipped; logs both."""
+    mask, settings = tokens.response_mask, tokens.config
+    ratio = ((tokens.log_probs - tokens.old_log_probs) * mask).clamp(-CLAMP, CLAMP).exp()
+    loss, bound = clipped(ratio, tokens.advantages, settings.clip_ratio_low, settings.clip_ratio_high)
+    count = mask.sum().clamp(min=1)
+    mean = (ratio.detach() * mask).sum() / count
+    tokens.log({"ratio_mean": float(mean), "clip_frac": float((bound & mask).sum() / count)})
+    return loss * (mean <= CLAMP), bound & mask
+
+
+def segment_kl(tokens: Tokens, coefficient: float) -> dict[str, Tensor] | None:
+    """The KL term per token, which the run's aggregation sums over each row; None without a coefficient."""
+    if not coefficient:
+        return None
+    return {"spo_kl": coefficient * k3(tokens.log_probs, tokens.extra("ref_log_prob")) * per_response(tokens)}
+
+
+def check_continued(name: str, config: DictConfig) -> None:
+    """Raises CompositionError: the run's agent loop cannot continue an answer."""
+    loop = config.actor_rollout_ref.rollout.agent.default_agent_loop
+    if loop != "single_turn_agent":
+        raise CompositionError(
+            f"plugins.{name} continues answers from their middle, which actor_rollout_ref.rollout.agent."
+            f"default_agent_loop={loop} cannot; use single_turn_agent"
+        )
+
+
+def check_kl(name: str, coefficient: float, config: DictConfig) -> None:
+    """Raises CompositionError: the KL term has no reference, or cannot be made a sum over rows."""
+    actor = config.actor_rollout_ref.actor
+    if coefficient and not (actor.use_kl_loss and actor.loss_agg_mode == "token-mean"):
+        raise CompositionError(
+            f"plugins.{name}.kl_coef={coefficient} needs a reference and the mean over tokens: set "
+            "actor_rollout_ref.actor.use_kl_loss=true, kl_loss_coef=0 and loss_agg_mode=token-mean"
+        )
+
+
 class SpoChain(Plugin):
     """Values cut prefixes by continuing them, and credits segments."""
 
@@ -120,23 +158,13 @@ class SpoChain(Plugin):
         kl_coef: float = setting(0.0, "of a KL term summed over each response, in place of verl's", authors=1e-4, ge=0)
 
     def check(self, config: DictConfig) -> None:
-        loop = config.actor_rollout_ref.rollout.agent.default_agent_loop
-        if loop != "single_turn_agent":
-            raise CompositionError(
-                f"plugins.spo_chain continues answers from their middle, which actor_rollout_ref.rollout.agent."
-                f"default_agent_loop={loop} cannot; use single_turn_agent"
-            )
+        check_continued(self.name, config)
         if not config.actor_rollout_ref.rollout.calculate_log_probs:
             raise CompositionError(
                 "plugins.spo_chain cuts by the log-probs of the rollout: set "
                 "actor_rollout_ref.rollout.calculate_log_probs=true"
             )
-        actor = config.actor_rollout_ref.actor
-        if self.config.kl_coef and not (actor.use_kl_loss and actor.loss_agg_mode == "token-mean"):
-            raise CompositionError(
-                f"plugins.spo_chain.kl_coef={self.config.kl_coef} needs a reference and the mean over tokens: set "
-                "actor_rollout_ref.actor.use_kl_loss=true, kl_loss_coef=0 and loss_agg_mode=token-mean"
-            )
+        check_kl(self.name, self.config.kl_coef, config)
 
     @hookimpl
     async def rollout_group(
@@ -195,20 +223,11 @@ class SpoChain(Plugin):
 
     @hookimpl
     def policy_loss(self, tokens: Tokens) -> Tensor:
-        mask, settings = tokens.response_mask, tokens.config
-        ratio = ((tokens.log_probs - tokens.old_log_probs) * mask).clamp(-CLAMP, CLAMP).exp()
-        loss, bound = clipped(ratio, tokens.advantages, settings.clip_ratio_low, settings.clip_ratio_high)
-        count = mask.sum().clamp(min=1)
-        mean = (ratio.detach() * mask).sum() / count
-        tokens.log({"ratio_mean": float(mean), "clip_frac": float((bound & mask).sum() / count)})
-        return loss * (mean <= CLAMP)
+        return segment_loss(tokens)[0]
 
     @hookimpl
     def loss_terms(self, tokens: Tokens) -> dict[str, Tensor] | None:
-        if not self.config.kl_coef:
-            return None
-        away = k3(tokens.log_probs, tokens.extra("ref_log_prob"))
-        return {"spo_kl": self.config.kl_coef * away * per_response(tokens)}
+        return segment_kl(tokens, self.config.kl_coef)
 
 
 def per_response(tokens: Tokens) -> float:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from tensordict import TensorDict
+from torch import Tensor
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
@@ -15,9 +16,10 @@ from verl.utils.device import get_device_name
 from verl.utils.metric import Metric
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
-from verl_plugins.bridge import census
+from verl_plugins.bridge import census, probe
 from verl_plugins.bridge.defaults import ActorDefaults
 from verl_plugins.bridge.joined import JoinedMetrics
+from verl_plugins.bridge.logits import shape
 from verl_plugins.bridge.loss import LOSS_STAGES, STEP_KEY, PluginLoss
 from verl_plugins.composition.blame import crossing
 
@@ -39,13 +41,14 @@ class PluginActorWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def set_plugins(self, section: dict[str, dict[str, Any]], seed: int) -> None:
-        """Build this process's plugins and put them into loss and optimiser step; once, after `init_model`."""
+        """Build this process's plugins and put them into model, loss and optimiser step; once, after `init_model`."""
         plugins = census.build(section, f"actor worker {torch.distributed.get_rank()}")
         engine = self.actor.engine
         metrics = JoinedMetrics()
         loss = PluginLoss(plugins, omega_conf_to_dataclass(self.config.actor), seed, metrics)
         actor = EngineActor(engine, loss, metrics)
         self.plugins = plugins
+        shape(plugins, *[part.engine.module for part in (self.actor, self.ref) if part is not None])
         if not any(plugins.implements(stage) for stage in STAGES):
             return
         plugins.add_fallback(ActorDefaults(engine.optimizer_step))
@@ -73,6 +76,7 @@ class EngineActor:
     def __init__(self, engine: Any, loss: PluginLoss, metrics: JoinedMetrics) -> None:
         self._engine, self._loss, self._metrics = engine, loss, metrics
         self._owner = ""
+        self._data: TensorDict | None = None
 
     @property
     def module(self) -> torch.nn.Module:
@@ -100,6 +104,15 @@ class EngineActor:
         for key, value in metrics.items():
             self._metrics.add(f"plugins/{self._owner}/{key}", value, "mean")
 
+    def parameters(self) -> list[Tensor]:
+        return probe.trained(self._engine.module)
+
+    def logits(self, tokens: int, at: Iterable[Tensor] | None = None) -> Tensor:
+        return probe.logits(self._engine, self._data, tokens, at)
+
+    def gather(self, values: Tensor) -> Tensor:
+        return probe.gather(values)
+
     def optimizer_step(self) -> float:
         """What the engine calls: the stage, whose last implementation is the engine's own step."""
         with crossing():
@@ -110,7 +123,11 @@ class EngineActor:
     def train_batch(self, train_batch: Callable[..., dict], data: TensorDict, *args: Any, **kwargs: Any) -> dict:
         """The engine's mini-batch; every rank enters, also pipeline stages that never call the loss."""
         self._loss.enter_step(int(tu.get_non_tensor_data(data, key=STEP_KEY, default=0)))
-        output = train_batch(data, *args, **kwargs)
+        self._data = data
+        try:
+            output = train_batch(data, *args, **kwargs)
+        finally:
+            self._data = None
         self._metrics.close_mini_batch(self._engine.get_data_parallel_group())
         return output
 

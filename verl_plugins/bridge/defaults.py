@@ -38,6 +38,14 @@ class WorkerDefaults:
         return await sample()
 
 
+class LogitsDefaults:
+    """Logits as the model gives them, for wrappers of `shape_logits`."""
+
+    @hookimpl(trylast=True)
+    def shape_logits(self, logits: Tensor) -> Tensor:
+        return logits
+
+
 class ActorDefaults:
     """verl's `vanilla` loss per token, and the engine's optimiser step."""
 

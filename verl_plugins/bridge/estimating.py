@@ -20,13 +20,14 @@ from verl_plugins.bridge.additions import store_additions
 from verl_plugins.bridge.loss import LOSS_STAGES, ROW_FIELD
 from verl_plugins.bridge.queue import is_padding
 from verl_plugins.bridge.rollout import METRICS_FIELD
-from verl_plugins.bridge.rows import MAX_TOKENS, ROLLOUT_N, TRUNCATED
+from verl_plugins.bridge.rows import MAX_TOKENS, OFFSET, ROLLOUT_N, TRUNCATED
 from verl_plugins.bridge.sending import SendsRows
 from verl_plugins.diagnostics.budget import rollout_budget
-from verl_plugins.diagnostics.health import group_health, policy_health, reward_parts, signal_health
+from verl_plugins.diagnostics.health import group_health, lag_health, policy_health, reward_parts, signal_health
 from verl_plugins.tokens import row_number
 
-HEALTH_FIELDS = ("responses", "verdict", "rollout_log_probs", "extra_fields", ROLLOUT_N, MAX_TOKENS, TRUNCATED)
+HEALTH_FIELDS = ("responses", "verdict", "rollout_log_probs", "extra_fields", ROLLOUT_N, MAX_TOKENS)
+HEALTH_FIELDS += (TRUNCATED, OFFSET)
 """What nothing but the metrics of every step reads; columns that do not exist in a run are left out."""
 
 
@@ -43,6 +44,7 @@ class EstimatesAdvantage(SendsRows):
 
     def _shape_and_select(self, batch: KVBatchMeta) -> KVBatchMeta:
         batch.reorder(sorted(range(len(batch)), key=lambda row: _row_order(batch.keys[row])))
+        self._note_weights(batch)
         self._full = self._open(batch.keys)
         self.plugins.hook.shape_rewards(run=self.run, batch=self._full)
         self.plugins.hook.select_rows(run=self.run, batch=self._full)
@@ -50,14 +52,20 @@ class EstimatesAdvantage(SendsRows):
             batch = self._store(batch, self._full)
         kept = [key for key, dropped in zip(batch.keys, self._full.dropped.tolist(), strict=True) if not dropped]
         if self._full.additions:
-            batch = store_additions(batch, self._full, self.tokenizer.eos_token_id)
+            batch = store_additions(batch, self._full, self.tokenizer.eos_token_id, self.rows.__getitem__)
             kept = sorted([*kept, *batch.keys[len(self._full) :]], key=_row_order)
         if kept != batch.keys:
             batch = batch.select_keys(kept)
-        prompts = len(set(self._full.uid))
-        resized = len(kept) != len(self._full) and not len(kept) % prompts
-        self._rows_per_prompt = len(kept) // prompts if resized else None
+        self._past = {new.key: new.past.old_log_probs for new in self._full.additions if new.past is not None}
+        self._rows_per_prompt = self._resized(kept)
         return batch
+
+    def _resized(self, kept: Sequence[str]) -> int | None:
+        """Rows of each prompt where the stage has changed their number; None where rows are not responses of a step."""
+        prompts = len(set(self._full.uid))
+        if len(kept) == len(self._full) or len(kept) % prompts or self._past or bool(self._full.turn.any()):
+            return None
+        return len(kept) // prompts
 
     def _keep_order(self) -> Any:
         """With one rank there is nothing to balance, and verl's partitioning is slow for what it then returns."""
@@ -82,7 +90,7 @@ class EstimatesAdvantage(SendsRows):
         if self._batch.written:
             batch = self._store(batch, self._batch)
         fields = [name for name in HEALTH_FIELDS if name in self._columns_of(batch)]
-        self._health = self._beside.submit(self._measure_health, self._batch, fields)
+        self._updates.append((self._full, self._beside.submit(self._measure_health, self._batch, fields)))
         return batch
 
     def _measure_health(self, batch: Batch, fields: Sequence[str]) -> dict[str, float]:
@@ -91,6 +99,8 @@ class EstimatesAdvantage(SendsRows):
         batch.full.prefetch(*fields)
         metrics = group_health(batch.full) | signal_health(batch) | policy_health(batch) | reward_parts(batch.full)
         metrics |= self._group_metrics(batch.full) | rollout_budget(batch.full, self.run.account.take())
+        if self.trainer_mode != "sync":
+            metrics |= lag_health(batch)
         return metrics | {"timing_s/health": time.perf_counter() - start}
 
     def _estimate(self, original: Any, data: Any, batch_keys: list[str], **kwargs: Any) -> Any:
@@ -107,6 +117,8 @@ class EstimatesAdvantage(SendsRows):
         known["rm_scores"] = known.pop("token_level_rewards")
         if self._prompt_log_probs:
             known["prompt_log_probs"] = torch.stack([self._prompt_log_probs[key] for key in keys])
+        if self._sum_pi_squared:
+            known["sum_pi_squared"] = torch.stack([self._sum_pi_squared[key] for key in keys])
         changed = bool(self._full.dropped.any()) or self._full.additions
         full = self._full if changed else None
         self._batch = batch = self._open(keys, known, full)

@@ -48,7 +48,8 @@ class Group:
             apply_greedy_sampling_params(self._params)
         if MAX_TOKENS in prompt:
             self._params["max_tokens"] = int(prompt[MAX_TOKENS])
-        self._limit = int(self._params.get("max_tokens") or worker.config.data.max_response_length)
+        self.limit = int(self._params.get("max_tokens") or worker.config.data.max_response_length)
+        """Tokens that a response can have."""
         self._started = self._asked = 0
         self.failed = 0
         """Sessions that failed one by one."""
@@ -80,9 +81,9 @@ class Group:
         Raises:
             DataError: the response has no room for another token.
         """
-        room = self._limit - len(prefix)
+        room = self.limit - len(prefix)
         if room < 1 or (prefix and max_tokens is not None and max_tokens > room):
-            raise DataError(f"sample: {len(prefix)} tokens of prefix leave room for {room} of {self._limit}")
+            raise DataError(f"sample: {len(prefix)} tokens of prefix leave room for {room} of {self.limit}")
         limit = max_tokens if not prefix else max_tokens or room
         changes = {"temperature": temperature, "max_tokens": limit}
         params = {key: value for key, value in changes.items() if value is not None}
@@ -105,7 +106,7 @@ class Group:
         """
         rollout, loop = self._worker.rollout_config, self._worker.single_turn()
         ids = await asyncio.to_thread(loop.continuous_token_builder.build_initial_tokens, messages)
-        limit, room = max_tokens or self._limit, rollout.prompt_length + rollout.response_length
+        limit, room = max_tokens or self.limit, rollout.prompt_length + rollout.response_length
         if len(ids) + limit > room:
             raise DataError(
                 f"run.generate: {len(ids)} tokens of prompt and max_tokens={limit} are more than "
@@ -154,7 +155,8 @@ class Group:
     def _run(self, number: int, params: dict[str, Any], row: Mapping[str, Any]) -> Any:
         if self._worker._seeded:
             params[self._worker.seed_name] = self._seed(number)
-        asked = {ROLLOUT_N: self.size, MAX_TOKENS: int(params.get("max_tokens") or self._limit)}
+        room = int(params.get("max_tokens") or self.limit)
+        asked = {ROLLOUT_N: self.size, MAX_TOKENS: len(row.get(PREFIX, ())) + room}
         columns = {**self._row, **asked, **row}
         return self._worker._run_agent_loop(
             params, trajectory=self._trajectory, trace=self._trace, session_id=number, **columns

@@ -23,6 +23,7 @@ from verl_plugins.bridge.group import PREFIX, Group, GroupRun, Session, called
 from verl_plugins.bridge.late import Begun
 from verl_plugins.bridge.loops import CUT_OFF, SINGLE_TURN, Ends, Listening, SingleTurn, heard, refuse_long_prompts
 from verl_plugins.bridge.rows import MAX_TOKENS, PREFILL, ROLLOUT_N, Publisher, RewardBatcher, Row, session_rows
+from verl_plugins.bridge.segments import in_rows
 from verl_plugins.bridge.serving import seed_name
 from verl_plugins.composition.blame import told
 from verl_plugins.diagnostics.budget import ACCOUNT_FIELD
@@ -117,10 +118,11 @@ class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
         if not rollouts and not group.failed:
             raise ResultError("rollout_group returned no rollout; None leaves the group to verl")
         group.size = len(rollouts)
-        sessions = [rollout.outputs for rollout in rollouts]
-        for number, (session, rollout) in enumerate(zip(sessions, rollouts, strict=True)):
+        sessions = [in_rows(rollout, group.limit) for rollout in rollouts]
+        for number, session in enumerate(sessions):
             session.columns |= {"session_id": number, ROLLOUT_N: group.size}
-            session.outputs[-1].extra_fields.update(rollout.fields)
+            for output in session.outputs:
+                self._fill(output)
         if run.metrics and sessions:
             sessions[0].outputs[-1].extra_fields[METRICS_FIELD] = run.metrics
         return sessions

@@ -1,8 +1,8 @@
 """From agent-loop outputs to scored rows of the queue, many at a time.
 
 verl scores and stores each session on its own; here sessions that end together share one message to a reward worker,
-and groups that are ready together one to the queue. What is stored is verl's row plus the verdict and what was asked
-(a contract test compares the two).
+and groups that are ready together one to the queue. What is stored is verl's row plus the verdict, what was asked and
+where the row stands in its response (a contract test compares the two).
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ VERDICT = "verdict"
 """Column with the reward function's `acc`, or the score where it gives none: `Batch.correct` reads it."""
 TRUNCATED = "__truncated__"
 """Column with whether something cut the response off: `Batch.truncated` reads it."""
+OFFSET = "__offset__"
+"""Column with the tokens of the response that are in the row's context: `Batch.offsets` reads it."""
 ROLLOUT_N, MAX_TOKENS = "__rollout_n__", "__max_tokens__"
 """verl's columns of a prompt's own group size and budget; here every row has them, as what was asked for it."""
 PREFILL = "__prefill__"
@@ -70,6 +72,7 @@ def _row(worker: Any, output: Any, columns: dict[str, Any], turn: int) -> Row:
         verdict = output.extra_fields.get("reward_extra_info", {}).get("acc", output.reward_score)
         fields[VERDICT] = torch.tensor(float(verdict))
     fields[TRUNCATED] = torch.tensor(bool(fields["extra_fields"].pop(CUT_OFF)))
+    fields[OFFSET] = torch.tensor(int(fields["extra_fields"].pop(OFFSET, 0)))
     for name in (ROLLOUT_N, MAX_TOKENS):
         fields[name] = torch.tensor(int(fields[name]))
     for name in USELESS:

@@ -75,6 +75,11 @@ class DriverRun:
         return self._trainer.global_steps
 
     @property
+    def update(self) -> int:
+        trainer = self._trainer
+        return (self.step - 1) * trainer.parameter_sync_step + trainer.local_trigger_step + 1
+
+    @property
     def tokenizer(self) -> Any:
         return self._trainer.tokenizer
 

@@ -9,8 +9,15 @@ from verl.trainer.main_ppo import TaskRunnerV1
 from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 
 from verl_plugins.bridge.rollout import PluginAgentLoopManager
-from verl_plugins.bridge.trainer import TRAINERS
+from verl_plugins.bridge.separate import PluginTrainerSeparateAsync
+from verl_plugins.bridge.trainer import PluginTrainerColocateAsync, PluginTrainerSync
 from verl_plugins.cpu import vllm
+
+TRAINERS = {
+    "sync": PluginTrainerSync,
+    "colocate_async": PluginTrainerColocateAsync,
+    "separate_async": PluginTrainerSeparateAsync,
+}
 
 
 class PluginTaskRunner(TaskRunnerV1.__ray_metadata__.modified_class):
@@ -38,6 +45,7 @@ class PluginTaskRunner(TaskRunnerV1.__ray_metadata__.modified_class):
 
     def _close_servers(self, config: Any) -> None:
         """vLLM on the CPU has processes beneath Ray's, which end in order only if it ends them itself."""
-        manager = getattr(self.trainer, "llm_server_manager", None)
-        if manager is not None and config.actor_rollout_ref.rollout.name == "vllm" and config.trainer.device == "cpu":
+        if config.actor_rollout_ref.rollout.name != "vllm" or config.trainer.device != "cpu" or self.trainer is None:
+            return
+        for manager in self.trainer._rollout_server_managers():
             vllm.shut_down(manager.server_handles)

@@ -24,7 +24,9 @@ class SavesState:
     """verl's "latest" marker of a checkpoint that is complete but not marked yet: its file and content."""
 
     def _load_checkpoint(self) -> None:
-        self.actor_rollout_wg.set_plugins(OmegaConf.to_container(self.config.plugins), self.seed)
+        section = OmegaConf.to_container(self.config.plugins)
+        self.actor_rollout_wg.set_plugins(section, self.seed)
+        self._shape_served_logits(section)
         checkpoint.try_saving(self._states())  # here, and not at the first checkpoint hours later
         super()._load_checkpoint()
         if self.global_steps > 0:

@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 import transfer_queue as tq
+from tensordict import TensorDict
+from torch import Tensor
 from transfer_queue import KVBatchMeta
+from verl.workers.utils.padding import response_from_nested
 
 from verl_plugins.batch import Batch
 from verl_plugins.bridge.queue import QueueSource, write_fields
@@ -20,8 +23,15 @@ STEP_FIELDS = ("entropy", "returns", "values", "rollout_log_probs")
 """What verl's engine and loss read; columns that do not exist in a run are left out."""
 
 
+SQUARES = "calculate_sum_pi_squared"
+"""verl's word for it in a forward pass."""
+
+
 class SendsRows:
     """Mixed into one of verl's trainers; expects `plugins`, `needs` and `clock`."""
+
+    _begun_with: dict[str, int]
+    """By row key: the step whose end the weights are of that began the response."""
 
     @contextmanager
     def _group_size(self) -> Iterator[None]:
@@ -35,9 +45,22 @@ class SendsRows:
             rollout.n = before
 
     def _open(self, keys: Sequence[str], known: dict[str, Any] | None = None, full: Batch | None = None) -> Batch:
-        source = QueueSource(keys, "train", known)
+        source = QueueSource(keys, "train", {**self._lags(keys), **(known or {})})
         budget = self.config.data.max_response_length
         return Batch(source, tokenizer=self.tokenizer, budget=budget, full=full)
+
+    def _note_weights(self, batch: KVBatchMeta) -> None:
+        """Remember which weights began each row; rows that come later are of the newest."""
+        self._begun_with = {
+            key: tag["min_global_steps"]
+            for key, tag in zip(batch.keys, batch.tags, strict=True)
+            if tag.get("min_global_steps") is not None
+        }
+
+    def _lags(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        newest = self.global_steps - 1
+        steps = torch.tensor([newest - self._begun_with.get(key, newest) for key in keys])
+        return {"__lag_steps__": steps, "__lag__": steps * self.parameter_sync_step + self.local_trigger_step}
 
     def _store(self, meta: KVBatchMeta, batch: Batch) -> KVBatchMeta:
         """Ship the fields plugins have put, for all rows of `meta`."""
@@ -68,13 +91,36 @@ class SendsRows:
         return self._columns
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        batch = super()._compute_old_log_prob(self._for_workers(batch), metrics)
+        batch = self._for_workers(batch)
+        if squares := "sum_pi_squared" in self.needs:
+            batch.extra_info[SQUARES] = True
+        batch = super()._compute_old_log_prob(batch, metrics)
+        batch.extra_info.pop(SQUARES, None)
+        if squares:
+            self._read_sum_pi_squared(batch)
+        self._restore_old_log_probs(batch.partition_id)
         if "prompt_log_probs" in self.needs:
             self._read_prompt_log_probs(batch)
         return batch
 
+    def _restore_old_log_probs(self, partition: str) -> None:
+        """Rows of earlier steps have again those of the policy that wrote them; verl asks the current one for all."""
+        if not self._past:
+            return
+        rows = [torch.as_tensor(values, dtype=torch.float32) for values in self._past.values()]
+        fields = {"old_log_probs": torch.nested.as_nested_tensor(rows, layout=torch.jagged)}
+        tq.kv_batch_put(
+            keys=[*self._past], partition_id=partition, fields=TensorDict(fields, batch_size=len(self._past))
+        )
+
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         return super()._compute_ref_log_prob(self._for_workers(batch), metrics)
+
+    def _read_sum_pi_squared(self, batch: KVBatchMeta) -> None:
+        fields = ["sum_pi_squared", "response_mask"]
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        values = response_from_nested(data["sum_pi_squared"], data["response_mask"]).to_padded_tensor(0)
+        self._sum_pi_squared = dict(zip(batch.keys, values, strict=True))
 
     def _read_prompt_log_probs(self, batch: KVBatchMeta) -> None:
         """Keep the prompts' log-probs: verl overwrites the field when it scores the reference policy."""

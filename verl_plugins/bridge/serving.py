@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import ray
+
+from verl_plugins.bridge.logits import STAGE
 from verl_plugins.cpu.registration import ROLLOUT_NAME
 
 
@@ -22,12 +25,25 @@ class ServesRollouts:
     def get_llm_client(self) -> Any:
         """verl's client; a single server of ours is asked directly instead of through a load balancer."""
         client = super().get_llm_client()
-        servers = self.llm_server_manager.server_handles
-        if self.config.actor_rollout_ref.rollout.name != ROLLOUT_NAME or len(servers) != 1:
+        if not self._one_server:
             return client
         from verl_plugins.cpu.client import CLIENTS
 
-        return self.llm_server_manager.get_client(client_cls=CLIENTS[type(client)], server=servers[0])
+        return self.serving.get_client(client_cls=CLIENTS[type(client)], server=self.serving.server_handles[0])
+
+    @property
+    def serving(self) -> Any:
+        """verl's manager of the servers that answer."""
+        return self.llm_server_manager
+
+    @property
+    def _one_server(self) -> bool:
+        return self.config.actor_rollout_ref.rollout.name == ROLLOUT_NAME and len(self.serving.server_handles) == 1
+
+    def _shape_served_logits(self, section: dict[str, dict[str, Any]]) -> None:
+        """Where plugins shape logits, the servers build them too; other servers than ours were refused."""
+        if self.plugins.implements(STAGE):
+            ray.get([server.set_plugins.remote(section) for server in self.serving.server_handles])
 
     def on_init_end(self) -> None:
         super().on_init_end()

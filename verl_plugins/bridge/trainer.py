@@ -6,11 +6,12 @@ The mode keeps verl's own name (`sync`, `colocate_async`): verl compares it in s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import ray
 import transfer_queue as tq
 from omegaconf import OmegaConf
@@ -38,12 +39,16 @@ from verl_plugins.bridge.validation import fast_validation_metrics
 from verl_plugins.diagnostics.health import Watch
 from verl_plugins.errors import PluginError, RunError
 
+ADDED = ("rollout/responses", "rollout/tokens", "health/generated_tokens")
+"""Metrics that count: those of a step's updates are added up."""
 POLL_SECONDS = 0.04
 """How often the driver looks for finished rollouts; verl's default of 2 s would dominate short steps."""
 
 
 class Stages(DrawsPrompts, EstimatesAdvantage, ServesRollouts, SavesState):
     """The stages, mixed into one of verl's trainers."""
+
+    worker_class = PluginActorWorker
 
     def __init__(self, config: Any) -> None:
         self.plugins = census.build(OmegaConf.to_container(config.plugins), "driver")
@@ -58,12 +63,17 @@ class Stages(DrawsPrompts, EstimatesAdvantage, ServesRollouts, SavesState):
         self._full: Batch | None = None
         self._batch: Batch | None = None
         self._rows_per_prompt: int | None = None
+        self._past: dict[str, np.ndarray] = {}
+        """Old log-probs of the rows of earlier steps, by their keys in this one."""
         self._prompt_log_probs: dict[str, Tensor] = {}
+        self._sum_pi_squared: dict[str, Tensor] = {}
         self._columns: set[str] = set()
+        self._begun_with: dict[str, int] = {}
         self._shipped: set[str] = set()
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="health")
-        self._health: Future[dict[str, float]] | None = None
-        self._stopped = self._told_of_gradient = False
+        self._updates: list[tuple[Batch, Future[dict[str, float]]]] = []
+        """Of each update of the step: all its rows, and their health metrics."""
+        self._stopped = self._told_of_gradient = self._told_of_skipping = False
         self._agents: list[Any] = []
         self._failures = Failures()
         self._told: set[str] = set()
@@ -82,7 +92,7 @@ class Stages(DrawsPrompts, EstimatesAdvantage, ServesRollouts, SavesState):
         super()._init_resource_pool_mgr()
         for role in (Role.Actor, Role.ActorRollout, Role.ActorRolloutRef):
             if role in self.role_worker_mapping:
-                self.role_worker_mapping[role] = ray.remote(PluginActorWorker)
+                self.role_worker_mapping[role] = ray.remote(self.worker_class)
 
     @property
     def data_parallel_size(self) -> int:
@@ -98,12 +108,23 @@ class Stages(DrawsPrompts, EstimatesAdvantage, ServesRollouts, SavesState):
 
     # The update and the end of the step
 
-    def _drop_from_queue(self) -> None:
-        dropped = [key for key, gone in zip(self._full.keys, self._full.dropped.tolist(), strict=True) if gone]
-        if dropped:
-            tq.kv_clear(keys=dropped, partition_id="train")
+    def _finish_updates(self) -> dict[str, float]:
+        """Health metrics of the step's updates, averaged where there are several; dropped rows leave the queue."""
+        updates, self._updates = self._updates, []
+        found: dict[str, list[float]] = {}
+        for full, health in updates:
+            for key, value in health.result().items():
+                found.setdefault(key, []).append(value)
+            found.setdefault("health/update_skipped", []).append(float(full.update_skipped))
+            dropped = [key for key, gone in zip(full.keys, full.dropped.tolist(), strict=True) if gone]
+            if dropped:
+                tq.kv_clear(keys=dropped, partition_id="train")
+        return {key: float(_together(key)(values)) for key, values in found.items()}
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        if self._full.update_skipped:
+            self._tell_skipped()
+            return batch
         batch.extra_info[STEP_KEY] = self.global_steps
         with self._group_size():
             batch = super()._update_actor(self._for_workers(batch, *LOSS_FIELDS), metrics)
@@ -133,14 +154,23 @@ class Stages(DrawsPrompts, EstimatesAdvantage, ServesRollouts, SavesState):
                     "optimiser steps where it is; lower the learning rate, or look at actor/grad_norm in metrics.jsonl"
                 )
 
+    def _tell_skipped(self) -> None:
+        if self.reporter is not None and not self._told_of_skipping:
+            self._told_of_skipping = True
+            self.reporter.note(
+                f"step {self.global_steps} is not trained on, since a plugin found nothing to learn from in it; "
+                "health/update_skipped counts such steps"
+            )
+
     def _update_critic(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        if self._full.update_skipped:
+            return batch
         with self._group_size():
             return super()._update_critic(batch, metrics)
 
     def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> None:
         with self.clock():
-            metrics.update(self._health.result())
-            self._drop_from_queue()
+            metrics.update(self._finish_updates())
         super()._compute_metrics(batch, metrics, *args, **kwargs)
         metrics.update(self.run.take_metrics())
         metrics["rollout/failed_sessions"] = self._tell_failures()
@@ -226,12 +256,16 @@ class Stages(DrawsPrompts, EstimatesAdvantage, ServesRollouts, SavesState):
             self.reporter.note(f"stopping after step {self.global_steps}: {reason}")
 
 
+def _together(key: str) -> Callable[[Sequence[float]], Any]:
+    """How the values of a step's updates become one: what is counted is added up."""
+    if key.startswith("timing_s/") or key in ADDED:
+        return sum
+    return max if key.endswith("_max") else np.mean
+
+
 class PluginTrainerSync(Stages, PPOTrainerSync):
     """verl's `sync` trainer with plugins."""
 
 
 class PluginTrainerColocateAsync(Stages, PPOTrainerColocateAsync):
     """verl's `colocate_async` trainer with plugins."""
-
-
-TRAINERS = {"sync": PluginTrainerSync, "colocate_async": PluginTrainerColocateAsync}

@@ -12,12 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
 
-from verl_plugins.composition import manifest, recipe
+from verl_plugins.composition import manifest, recipe, separate
 from verl_plugins.composition.cache import CACHE_VARIABLE, cache_folder
 from verl_plugins.composition.identity import PACKAGE
 from verl_plugins.composition.origin import install, reinstall
@@ -33,6 +34,12 @@ WITHOUT_FLASH_ATTENTION = (
     "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
     "actor_rollout_ref.model.use_remove_padding=false",
 )
+TRANSFERS = {
+    "nccl": {"cupy": "cupy-cuda12x"},
+    "nixl": {"cupy": "cupy-cuda12x", "nixl": "nixl"},
+    "mooncake": {"mooncake": "mooncake-transfer-engine"},
+}
+"""What verl's checkpoint engines import besides torch, and what pip calls it."""
 OK, ABSENT, BROKEN = "ok", "absent", "broken"
 
 
@@ -76,9 +83,23 @@ def examine_run(recipe: str, preset: str | None = None, overrides: Sequence[str]
         yield Finding(f"run {recipe}", BROKEN, str(error), "as the sentence says")
         return
     yield Finding(f"run {recipe}", OK, "can start")
+    yield from _transfer(composed.config)
     for line in seen:
         what, _, found = line.partition(": ")
         yield Finding(f"run {recipe}, {what}", OK, found)
+
+
+def _transfer(config: Any) -> Iterator[Finding]:
+    """What carries weights to the servers of `separate_async`; the run's machines need it, whatever this one has."""
+    if not separate.is_chosen(config):
+        return
+    backend = config.actor_rollout_ref.rollout.checkpoint_engine.backend
+    for package, named in TRANSFERS.get(backend, {}).items():
+        there = find_spec(package) is not None
+        found = f"package {package} is {'' if there else 'not '}installed here"
+        yield Finding(
+            f"checkpoint engine {backend}", OK if there else ABSENT, found, "" if there else f"pip install {named}"
+        )
 
 
 def plain(finding: Finding) -> dict[str, str]:

@@ -19,7 +19,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from verl_plugins.composition import manifest
+from verl_plugins.composition import manifest, separate
 from verl_plugins.composition.override import apply, known_keys, nearest_key, one_line, parse, prefixes, put_key
 from verl_plugins.composition.recipe import Preset, Recipe, combine, leaves, preset_chain
 from verl_plugins.errors import CompositionError, nearest
@@ -82,6 +82,8 @@ def compose(recipes: str, preset: str | None = None, overrides: Sequence[str] = 
             apply(config, item, installed)
     _expand_plugins(config, installed)
     asked = frozenset(item.key_or_group for item in parsed if not item.is_delete())
+    given = asked.union(*[_keys_of(file) for file in files])
+    separate.settle(config, given, asked)
     return Composed(
         config=config,
         recipe=chosen.name,
@@ -91,7 +93,7 @@ def compose(recipes: str, preset: str | None = None, overrides: Sequence[str] = 
         prepare=next((part.prepare for part in reversed(presets) if part.prepare), None),
         sketch=next((part.sketch for part in reversed(presets) if part.sketch), None),
         defaults=defaults,
-        given=asked.union(*[_keys_of(file) for file in files]),
+        given=given,
         asked=asked,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from verl_plugins.composition import refusals, sizes
+from verl_plugins.composition import refusals, separate, sizes
 from verl_plugins.composition.compose import Composed
 from verl_plugins.composition.loggers import check_loggers
 from verl_plugins.composition.look import reward
@@ -14,15 +14,17 @@ from verl_plugins.composition.override import one_line
 from verl_plugins.errors import CompositionError, PluginError, nearest
 from verl_plugins.plugin import Plugin
 
-MODES = ("sync", "colocate_async")
+MODES = ("sync", "colocate_async", "separate_async")
 NEEDS = (
     "current_entropy",
     "entropy",
+    "logits",
     "old_log_probs",
     "prompt_log_probs",
     "ref_log_probs",
     "rollout_log_probs",
     "rm_scores",
+    "sum_pi_squared",
     "uid",
     "verdict",
 )
@@ -60,14 +62,9 @@ def _check_trainer(config: DictConfig) -> None:
     if not config.trainer.use_v1:
         raise CompositionError("trainer.use_v1 is false: plugins act in verl's V1 trainer, set trainer.use_v1=True")
     mode = config.trainer.v1.trainer_mode
-    if mode == "separate_async":
-        raise CompositionError(
-            "trainer.v1.trainer_mode is 'separate_async', which is not supported because its weight transfer needs an "
-            "nccl, nixl or hccl engine and its separate rollout pool was not tried with the stages of plugins: "
-            "set trainer.v1.trainer_mode=sync or colocate_async"
-        )
     if mode not in MODES:
         raise CompositionError(f"trainer.v1.trainer_mode is {mode!r}{nearest(str(mode), MODES)}")
+    separate.check(config)
     if mode != "sync" and config.actor_rollout_ref.rollout.full_determinism:
         raise CompositionError(
             f"actor_rollout_ref.rollout.full_determinism=True cannot hold with trainer.v1.trainer_mode={mode}, which "
@@ -112,6 +109,10 @@ def _check_loss(config: DictConfig, plugins: Plugins) -> None:
         )
 
 
+OF_THE_PASS = ("entropy", "old_log_probs", "prompt_log_probs", "sum_pi_squared")
+"""What the forward pass before the update computes."""
+
+
 def _provide(config: DictConfig, need: str, plugin: Plugin) -> None:
     """Make verl compute one field, or say why it cannot."""
     actor = config.actor_rollout_ref.actor
@@ -119,11 +120,18 @@ def _provide(config: DictConfig, need: str, plugin: Plugin) -> None:
         raise CompositionError(
             f"plugin {plugin.name!r} needs {need!r}, which verl cannot be asked for{nearest(need, NEEDS)}"
         )
-    if need in ("entropy", "old_log_probs", "prompt_log_probs") and config.algorithm.rollout_correction.bypass_mode:
+    if need in OF_THE_PASS and config.algorithm.rollout_correction.bypass_mode:
         raise CompositionError(
             f"plugin {plugin.name!r} needs {need}, which algorithm.rollout_correction.bypass_mode=True leaves out "
             f"because it skips the forward pass before the update: set it to False"
         )
+    if need == "sum_pi_squared" and config.actor_rollout_ref.model.use_fused_kernels:
+        raise CompositionError(
+            f"plugin {plugin.name!r} needs sum_pi_squared, and actor_rollout_ref.model.use_fused_kernels=True makes no "
+            "logits to compute it from: set it to False"
+        )
+    if need == "logits":
+        refusals.check_logits(config, f"plugin {plugin.name!r} needs logits (actor.logits)")
     with open_dict(config):
         if need == "rollout_log_probs":
             config.actor_rollout_ref.rollout.calculate_log_probs = True

@@ -77,6 +77,23 @@ def _group(rollouts: Any, arguments: Mapping[str, Any]) -> None:
         raise ResultError(f"rollout_group returned {_kind(rollouts)}, expected a list of what sample() gave")
     if len({id(rollout.outputs) for rollout in rollouts}) != len(rollouts):
         raise ResultError("rollout_group returned a rollout twice; sample another one instead")
+    for rollout in rollouts:
+        _in_segments(rollout)
+
+
+def _in_segments(rollout: Rollout) -> None:
+    """Its segments follow each other within the response, and the last one ends it."""
+    ids, before = list(rollout.response_ids), 0
+    for place, segment in enumerate(rollout.segments, 1):
+        last = place == len(rollout.segments)
+        what = f"rollout_group: segment {place} of a response of {len(ids)} tokens is {segment.start} to {segment.end}"
+        if not before <= segment.start <= segment.end <= len(ids) or (segment.start == segment.end and not last):
+            raise ResultError(f"{what}; segments follow each other from {before} on, and only the last may be empty")
+        if last and segment.end != len(ids):
+            raise ResultError(f"{what}; the last one ends the response, which counts by it")
+        if list(segment.rollout.response_ids[: segment.end]) != ids[: segment.end]:
+            raise ResultError(f"{what}, and its rollout has other tokens there")
+        before = segment.end
 
 
 def _scored(verdict: Any, arguments: Mapping[str, Any]) -> None:
@@ -111,6 +128,21 @@ def _advantage(advantages: Any, arguments: Mapping[str, Any]) -> None:
 
 def _loss(losses: Any, arguments: Mapping[str, Any]) -> None:
     _of_tokens("policy_loss", losses, arguments["tokens"])
+
+
+def _shaped_logits(shaped: Any, arguments: Mapping[str, Any]) -> None:
+    """Their values are not looked at: there are a vocabulary's for every token, and what is wrong shows in the loss."""
+    logits = arguments["logits"]
+    if shaped is None:
+        return
+    if not hasattr(shaped, "is_floating_point"):
+        raise ResultError(f"shape_logits returned {_kind(shaped)}, expected logits {tuple(logits.shape)}")
+    if shaped.shape != logits.shape:
+        raise ResultError(
+            f"shape_logits returned shape {tuple(shaped.shape)}, expected that of the logits, {tuple(logits.shape)}"
+        )
+    if not shaped.is_floating_point():
+        raise ResultError(f"shape_logits returned {shaped.dtype}, expected floating numbers")
 
 
 def _terms(terms: Any, arguments: Mapping[str, Any]) -> None:
@@ -190,8 +222,10 @@ def _allowed(stage: str, arguments: Mapping[str, Any]) -> None:
     batch = arguments.get("batch")
     if batch is None:
         return
-    if stage != "select_rows" and (batch.additions or bool(batch.dropped.any())):
-        raise ResultError(f"{stage} called batch.{'add' if batch.additions else 'drop'}, which only select_rows may")
+    done = [("drop", bool(batch.dropped.any())), ("skip_update", batch.update_skipped)]
+    done += [("add" if new.past is None else "bring_back", True) for new in batch.additions]
+    for what in [name for name, called in done if called and stage != "select_rows"]:
+        raise ResultError(f"{stage} called batch.{what}, which only select_rows may")
     if stage in LATER and "rm_scores" in batch.written:
         raise ResultError(f"{stage} assigned batch.rewards, too late for the advantages: do it in shape_rewards")
 
@@ -211,6 +245,7 @@ CHECKS: Mapping[str, Check] = {
     "prepare_prompts": _prepared("prepare_prompts"),
     "prepare_validation": _prepared("prepare_validation"),
     "rollout_group": _group,
+    "shape_logits": _shaped_logits,
     "score_answer": _scored,
     "shape_rewards": _shaped,
     "select_rows": _chosen_rows,

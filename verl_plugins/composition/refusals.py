@@ -31,7 +31,7 @@ ESTIMATORS = (
 )
 """verl's own; more can be registered."""
 ESTIMATOR = "algorithm.adv_estimator"
-ACTOR_STAGES = ("policy_loss", "loss_terms", "optimizer_step")
+ACTOR_STAGES = ("shape_logits", "policy_loss", "loss_terms", "optimizer_step")
 ENGINE_KEYS = {
     "actor_rollout_ref.actor": ("strategy", "fsdp_config.strategy"),
     "actor_rollout_ref.ref": ("strategy", "fsdp_config.strategy"),
@@ -56,6 +56,7 @@ def check(composed: Composed, plugins: Plugins) -> None:
     _check_sglang(config)
     _check_profiling(config)
     _check_filter(config, plugins)
+    _check_shaping(config, plugins)
 
 
 def giving_way(composed: Composed, plugins: Plugins) -> list[str]:
@@ -92,6 +93,36 @@ def _check_distillation(config: DictConfig, plugins: Plugins) -> None:
                 f"distillation.enabled=True puts verl's distillation loss where plugin {name!r} acts (stage {stage}): "
                 f"set distillation.enabled=False, or leave the plugin out with ~plugins.{name}"
             )
+
+
+def _check_shaping(config: DictConfig, plugins: Plugins) -> None:
+    """Logits are shaped on all sides or on none: answers sampled from others would be another policy's."""
+    key = "actor_rollout_ref.rollout.name"
+    for name, _ in plugins.of_stage("shape_logits"):
+        who = f"plugin {name!r} shapes logits (stage shape_logits)"
+        check_logits(config, who)
+        if (server := config.actor_rollout_ref.rollout.name) != "transformers":
+            raise CompositionError(
+                f"{who}, and {key}={server} would sample from unshaped ones: set {key}=transformers, this package's "
+                f"server, or leave the plugin out with ~plugins.{name}"
+            )
+
+
+def check_logits(config: DictConfig, who: str) -> None:
+    """Refuse, in the name of `who`, settings under which nobody sees the actor's logits.
+
+    Raises:
+        CompositionError: names the key and what would be right.
+    """
+    if config.actor_rollout_ref.model.get("use_fused_kernels"):
+        raise CompositionError(
+            f"{who}, and {MODEL}.use_fused_kernels=True never makes them: set {MODEL}.use_fused_kernels=False"
+        )
+    if (strategy := config.actor_rollout_ref.actor.strategy) not in FSDP:
+        raise CompositionError(
+            f"{who}, which are taken from verl's FSDP engine, and actor_rollout_ref.actor.strategy is {strategy!r}: "
+            "choose model_engine=dp with the strategy fsdp2"
+        )
 
 
 def _check_engines(config: DictConfig, defaults: DictConfig) -> None:

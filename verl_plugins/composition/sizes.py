@@ -7,6 +7,7 @@ from math import gcd, lcm, prod
 
 from omegaconf import DictConfig, OmegaConf
 
+from verl_plugins.composition import separate
 from verl_plugins.composition.refusals import FSDP, has_critic
 from verl_plugins.errors import CompositionError
 
@@ -89,25 +90,30 @@ def _check_ray(config: DictConfig) -> None:
             f"ray_kwargs.ray_init.{set_here[0]}={options[set_here[0]]} is for a Ray node that the run starts itself, "
             f"and ray_kwargs.ray_init.address names a cluster that is there: set {mended}"
         )
-    there, asked = options.get("num_gpus"), int(config.trainer.n_gpus_per_node)
+    there, asked = options.get("num_gpus"), int(config.trainer.n_gpus_per_node) + separate.servers(config)
     if config.trainer.device == "cpu" and config.trainer.nnodes == 1 and there is not None and there < asked:
         raise CompositionError(
-            f"ray_kwargs.ray_init.num_gpus is {there} and trainer.n_gpus_per_node is {asked}, one of Ray's for each "
-            f"rank: set ray_kwargs.ray_init.num_gpus={asked}"
+            f"ray_kwargs.ray_init.num_gpus is {there}, and the run has {asked} ranks and servers beside them, one of "
+            f"Ray's for each: set ray_kwargs.ray_init.num_gpus={asked}"
         )
 
 
 def _check_servers(config: DictConfig) -> None:
     rollout = OmegaConf.select(config, ROLLOUT)
     size = prod(int(rollout.get(name) or 1) for name in SERVER)
-    ranks = _ranks(config)
+    ranks = separate.servers(config) or _ranks(config)
     if ranks % size and not OmegaConf.select(rollout, "disaggregation.enabled"):
         key = f"{ROLLOUT}.{SERVER[0]}"
         raise CompositionError(
             f"{key}={rollout.tensor_model_parallel_size}: a rollout server has {size} ranks (tensor, data and pipeline "
-            f"parallel), into which {ranks} (trainer.n_gpus_per_node times trainer.nnodes) do not go: set "
+            f"parallel), into which {ranks} ({_whose(config)}) do not go: set "
             f"{key}={gcd(ranks, int(rollout.tensor_model_parallel_size))}"
         )
+
+
+def _whose(config: DictConfig) -> str:
+    section = ROLLOUT if separate.is_chosen(config) else "trainer"
+    return f"{section}.n_gpus_per_node times {section}.nnodes"
 
 
 def _check_dynamic(config: DictConfig) -> None:

@@ -18,15 +18,17 @@ from verl_plugins.cpu.warmup import Prepared, WarmupSettings
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from verl_plugins.composition.manager import Plugins
+
 Settings = tuple[ModelSettings, TaskSettings, WarmupSettings]
 
 
 def prepare(config: DictConfig) -> None:
     """Enter the paths of model and data of `config.cpu` where the user has named no others, and make what is used."""
-    settings = _settings(config)
-    used = enter(config, _places(warmup.locate(cache_folder(), *settings)))
+    settings, shaping = _settings(config), _shaping(config)
+    used = enter(config, _places(warmup.locate(cache_folder(), *settings, shaping=shaping)))
     if used:
-        warmup.prepare(cache_folder(), *settings)
+        warmup.prepare(cache_folder(), *settings, shaping=shaping)
 
 
 @contextmanager
@@ -34,7 +36,7 @@ def sketch(config: DictConfig) -> Iterator[dict[str, Path]]:
     """Enter what `prepare` enters, and yield where each can be looked at: in the cache, or without weights beside "
     "it."""
     settings = _settings(config)
-    made = warmup.locate(cache_folder(), *settings)
+    made = warmup.locate(cache_folder(), *settings, shaping=_shaping(config))
     used = enter(config, _places(made))
     with tempfile.TemporaryDirectory(prefix="verl_plugins_sketch_") as folder:
         there = made if made.model_path.is_dir() or not used else warmup.sketch(Path(folder), *settings[:2])
@@ -51,6 +53,15 @@ def _settings(config: DictConfig) -> Settings:
         typed(TaskSettings, section.get("task"), "cpu.task"),
         typed(WarmupSettings, section.get("warmup"), "cpu.warmup"),
     )
+
+
+def _shaping(config: DictConfig) -> Plugins:
+    """The plugins that shape logits in the run: the model is warmed up under them."""
+    from omegaconf import OmegaConf
+
+    from verl_plugins.bridge.logits import shaping
+
+    return shaping(OmegaConf.to_container(config.plugins, resolve=True))
 
 
 def enter(config: DictConfig, made: Mapping[str, Path]) -> list[str]:

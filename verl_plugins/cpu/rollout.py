@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import ray
@@ -24,7 +24,10 @@ from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput
+from verl.workers.rollout.utils import ensure_async_iterator
 
+from verl_plugins.bridge import census
+from verl_plugins.bridge.logits import shape
 from verl_plugins.cpu.generation import Completion, Request, end_tokens, generate
 from verl_plugins.errors import DataError
 
@@ -53,21 +56,22 @@ class ServerAdapter(BaseRollout):
     async def release(self) -> None:
         """The server keeps its weights; its KV cache lives for one wave only."""
 
-    async def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], global_steps: int | None = None, **_):
+    async def update_weights(self, weights: Any, global_steps: int | None = None, **_):
         """Send all weights in buckets of the configured size, then the step they belong to."""
         limit = self.config.checkpoint_engine.update_weights_bucket_megabytes << 20
         server = ray.get_actor(_server_name(self._replica_rank)) if self._is_leader else None
-        for bucket in _buckets(weights, limit):
+        async for bucket in _buckets(weights, limit):
             if server is not None:
                 await server.load_weights.remote(bucket)
         if server is not None:
             await server.set_global_steps.remote(global_steps)
 
 
-def _buckets(weights: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[dict[str, torch.Tensor]]:
+async def _buckets(weights: Any, limit: int) -> AsyncIterator[dict[str, torch.Tensor]]:
+    """`weights`: pairs of name and tensor, from the actor beside the server or as a checkpoint engine receives them."""
     bucket: dict[str, torch.Tensor] = {}
     size = 0
-    for name, tensor in weights:
+    async for name, tensor in ensure_async_iterator(weights):
         bucket[name] = tensor.detach().to("cpu", copy=True)
         size += bucket[name].nbytes
         if size >= limit:
@@ -102,10 +106,14 @@ class TransformersServer:
         self._loop_task = asyncio.create_task(self._serve())
         return True
 
+    async def set_plugins(self, section: dict[str, dict[str, Any]]) -> None:
+        """Build this process's plugins and have them shape the model's logits; once, before the first request."""
+        shape(census.build(section, "rollout server"), self.model)
+
     async def generate(self, request_id: str, prompt_ids: list[int], sampling_params: dict[str, Any], **_: Any):
         """Continue one prompt; an interrupted request comes back with what it has and stop_reason `aborted`."""
         if self._reject and not self._running.is_set():
-            raise RuntimeError("the rollout server is leaving and takes no more requests")
+            return TokenOutput(token_ids=[], log_probs=[], stop_reason="aborted", extra_fields=self._version())
         await self._running.wait()
         room = (self.config.max_model_len or self.config.prompt_length + self.config.response_length) - len(prompt_ids)
         # As in verl's other servers, a request that names its limit may go beyond the length of responses.
@@ -127,8 +135,11 @@ class TransformersServer:
             token_ids=completion.token_ids,
             log_probs=completion.log_probs,
             stop_reason=completion.stop_reason,
-            extra_fields={"global_steps": self._global_steps},
+            extra_fields=self._version(),
         )
+
+    def _version(self) -> dict[str, int | None]:
+        return {"global_steps": self._global_steps}
 
     async def generate_many(self, requests: list[dict[str, Any]]) -> list[TokenOutput | Exception]:
         """`generate` for requests that arrived together; one that fails does not fail the others."""

@@ -14,15 +14,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from verl_plugins.composition.cache import make_once
+from verl_plugins.composition.identity import identify
 from verl_plugins.cpu.model import ModelSettings, make_config, make_model, make_tokenizer
 from verl_plugins.cpu.task import TaskSettings, all_sums, split_sums, write_task
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from verl_plugins.composition.manager import Plugins
 
 # Part of the cache key: raise it when the code here, in model.py or in task.py changes what is written.
 FORMAT = 2
@@ -123,20 +126,25 @@ def prepare(
     task: TaskSettings,
     warmup: WarmupSettings,
     progress: Progress | None = show_progress,
+    shaping: Plugins | None = None,
 ) -> Prepared:
     """The warmed-up model and its task from the cache, made first if they are not there or damaged.
+
+    `shaping` are plugins that shape logits: the model learns to speak through them, as it does in the run.
 
     Raises:
         RunError: the folder is not in the cache, and the cache cannot be written.
     """
-    prepared = locate(cache_dir, model, task, warmup)
-    make_once(prepared.model_path.parent, lambda folder: _make(folder, model, task, warmup, progress))
+    prepared = locate(cache_dir, model, task, warmup, shaping)
+    make_once(prepared.model_path.parent, lambda folder: _make(folder, model, task, warmup, progress, shaping))
     return prepared
 
 
-def locate(cache_dir: Path, model: ModelSettings, task: TaskSettings, warmup: WarmupSettings) -> Prepared:
+def locate(
+    cache_dir: Path, model: ModelSettings, task: TaskSettings, warmup: WarmupSettings, shaping: Plugins | None = None
+) -> Prepared:
     """Where the cache has them, or will have."""
-    return _inside(Path(cache_dir) / _key(model, task, warmup))
+    return _inside(Path(cache_dir) / _key(model, task, warmup, shaping=shaping))
 
 
 def sketch(folder: Path, model: ModelSettings, task: TaskSettings) -> Prepared:
@@ -152,18 +160,31 @@ def _inside(folder: Path) -> Prepared:
     return Prepared(folder / "model", folder / "train.parquet", folder / "val.parquet")
 
 
-def _key(*settings: ModelSettings | TaskSettings | WarmupSettings) -> str:
-    """Name of the cache folder: a hash of everything that decides its content."""
-    content = json.dumps([FORMAT, *map(asdict, settings)], sort_keys=True)
+def _key(*settings: ModelSettings | TaskSettings | WarmupSettings, shaping: Plugins | None = None) -> str:
+    """Name of the cache folder: a hash of everything that decides its content, with code and settings of plugins."""
+    decides: list[Any] = [FORMAT, *map(asdict, settings)]
+    if shaping:
+        digests = identify([plugin.name for plugin in shaping], "warm-up").digests
+        decides += [[plugin.name, digests[plugin.name], asdict(plugin.config)] for plugin in shaping]
+    content = json.dumps(decides, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _make(
-    folder: Path, model: ModelSettings, task: TaskSettings, warmup: WarmupSettings, progress: Progress | None
+    folder: Path,
+    model: ModelSettings,
+    task: TaskSettings,
+    warmup: WarmupSettings,
+    progress: Progress | None,
+    shaping: Plugins | None,
 ) -> None:
     """Write the task and the warmed-up model into ``folder``."""
     write_task(folder, task)
     tokenizer, network = make_tokenizer(), make_model(model)
+    if shaping is not None:
+        from verl_plugins.bridge.logits import shape
+
+        shape(shaping, network)
     warm_up(network, tokenizer, warmup, task, progress)
     network.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")

@@ -29,7 +29,7 @@ def group_health(batch: Batch) -> dict[str, float]:
     right, wrong = groups.all(correct)[one_per_group], groups.all(~correct)[one_per_group]
     off_size = (groups.count() != torch.as_tensor(batch.extra("__rollout_n__")))[one_per_group]
     lengths = {
-        f"health/length_{which}": float(batch.lengths[rows].float().mean())
+        f"health/length_{which}": float(batch.ends[rows].float().mean())
         for which, rows in (("right", correct & batch.is_last), ("wrong", ~correct & batch.is_last))
         if rows.any()
     }
@@ -80,6 +80,16 @@ def policy_health(batch: Batch) -> dict[str, float]:
         log_weight = ((old - rollout) * mask).double().sum(1)
         metrics["health/effective_sample_size"] = _effective((log_weight - log_weight.max()).exp())
     return metrics
+
+
+def lag_health(batch: Batch) -> dict[str, float]:
+    """How old the rows are: optimiser updates since the weights that began them, and the same in steps."""
+    return {
+        "health/lag_mean": float(batch.lag.float().mean()),
+        "health/lag_max": float(batch.lag.max()),
+        "health/lag_steps_mean": float(batch.lag_steps.float().mean()),
+        "health/lag_steps_max": float(batch.lag_steps.max()),
+    }
 
 
 def reward_parts(batch: Batch) -> dict[str, float]:

@@ -221,7 +221,7 @@ class PromptAugmentation(Plugin):
         correct, fmt, last = batch.correct.float(), batch.extra("format_reward"), batch.is_last
         groups, scores = batch.groups, batch.scores
         only_format = (groups.min(correct) == groups.max(correct)) & (groups.min(scores) < groups.max(scores))
-        columns = {"acc": correct, "format": fmt, "length": batch.lengths.float()}
+        columns = {"acc": correct, "format": fmt, "length": batch.ends.float()}
         table = pd.DataFrame({name: values[last].numpy() for name, values in columns.items()})
         table["template"] = np.asarray(batch.extra("format_name"), dtype=object)[last.numpy()]
         of_template = table.groupby("template")

@@ -231,7 +231,7 @@ class R3(Plugin):
 
     @hookimpl(tryfirst=True)
     def shape_rewards(self, run: Run, batch: Batch) -> None:
-        batch.rewards = outcome_reward(batch.correct, batch.lengths, self.config.l_max)
+        batch.rewards = outcome_reward(batch.correct, batch.ends, self.config.l_max)
 
     @hookimpl
     def select_rows(self, run: Run, batch: Batch) -> None:

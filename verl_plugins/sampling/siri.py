@@ -118,11 +118,11 @@ class Siri(Plugin):
 
     @hookimpl
     def shape_rewards(self, run: Run, batch: Batch) -> None:
-        longer = batch.lengths > batch.budgets
+        longer = batch.ends > batch.budgets
         if bool(longer.any()):
             row = int(longer.nonzero()[0])
             raise DataError(
-                f"siri: response {batch.keys[row]} has {int(batch.lengths[row])} tokens, more than its budget of "
+                f"siri: response {batch.keys[row]} has {int(batch.ends[row])} tokens, more than its budget of "
                 f"{int(batch.budgets[row])}; the rollout ignored max_tokens"
             )
         if self.config.require_think_end:
@@ -132,20 +132,20 @@ class Siri(Plugin):
     @hookimpl
     def observe(self, run: Run, batch: Batch) -> None:
         batch = batch.full
-        truncated, correct, budgets = batch.truncated, batch.correct.float(), batch.budgets.float()
-        scores = batch.scores
+        last, scores = batch.is_last, batch.scores
+        truncated, correct, budgets = (part[last] for part in (batch.truncated, batch.correct, batch.budgets.float()))
         no_signal = batch.groups.min(scores) == batch.groups.max(scores)
         run.log(
             {
                 "budget_min": float(budgets.min()),
                 "budget_max": float(budgets.max()),
                 "truncated_frac": float(truncated.float().mean()),
-                "mean_length_over_cap": float((batch.lengths / budgets).mean()),
-                "no_signal_rows": float(no_signal.float().mean()),
-                "all_truncated_rows": float(batch.groups.all(truncated).float().mean()),
+                "mean_length_over_cap": float((batch.ends[last] / budgets).mean()),
+                "no_signal_rows": float(no_signal[last].float().mean()),
+                "all_truncated_rows": float(batch.groups.all(batch.truncated)[last].float().mean()),
             }
         )
         if bool(truncated.any()):
-            run.log({"accuracy_truncated": float(correct[truncated].mean())})
+            run.log({"accuracy_truncated": float(correct[truncated].float().mean())})
         if not bool(truncated.all()):
-            run.log({"accuracy_finished": float(correct[~truncated].mean())})
+            run.log({"accuracy_finished": float(correct[~truncated].float().mean())})

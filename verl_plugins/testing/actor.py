@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from verl_plugins.bridge.defaults import ActorDefaults
+from verl_plugins.bridge.defaults import ActorDefaults, LogitsDefaults
 from verl_plugins.bridge.joined import JoinedMetrics
 from verl_plugins.composition import outcome
 from verl_plugins.composition.manager import Plugins
@@ -19,14 +19,16 @@ from verl_plugins.errors import DataError
 from verl_plugins.plugin import Plugin
 from verl_plugins.testing.fakes import FakeActor
 from verl_plugins.testing.record import Recorder
-from verl_plugins.testing.scenario import Change, Table, stored_as
+from verl_plugins.testing.scenario import Change, stored_as
+from verl_plugins.testing.table import Table
 from verl_plugins.tokens import Tokens, row_number
 
 ALWAYS = ("prompts", "responses", "response_mask", "old_log_probs", "advantages")
 """Fields `tokens.extra` gives besides those put and those needed."""
 IF_NEEDED = ("entropy", "rollout_log_probs", "ref_log_probs", "rm_scores", "verdict", "uid")
 PADDING_ROWS = 2
-STAGES = ("policy_loss", "loss_terms", "optimizer_step")
+STAGES = ("shape_logits", "policy_loss", "loss_terms", "optimizer_step")
+VOCABULARY = 7
 
 
 class ActorPart:
@@ -39,11 +41,14 @@ class ActorPart:
         self._needs, self._change, self._seed, self._recorder = frozenset(ranks[0].needs), change, seed, recorder
         self._settings = config.actor_rollout_ref.actor
         self._actor = FakeActor(seed)
+        if "logits" not in self._needs:
+            self._actor.logits = _undeclared
         self._ranks = [Plugins([plugin], check=outcome.check) for plugin in ranks]
         self._metrics = [JoinedMetrics() for _ in ranks]
         self._own = {stage for stage in STAGES if self._ranks[0].implements(stage)}
         for plugins in self._ranks:
             plugins.add_fallback(ActorDefaults(self._actor.optimizer_step))
+            plugins.add_fallback(LogitsDefaults(), "the model")
 
     def update(self, step: int, rows: Table, put: set[str], width: int) -> None:
         """Two mini-batches of two micro-batches each.
@@ -58,6 +63,9 @@ class ActorPart:
         rows = rows.rows(np.argsort(rows.keys).tolist())
         for mini_batch, part in enumerate(np.array_split(np.arange(len(rows)), 2)):
             self._actor.step, self._actor.mini_batch = step, mini_batch
+            if "shape_logits" in self._own:
+                for micro_batch, piece in enumerate(self._micro_batches(rows, part)):
+                    self._shape(step, micro_batch, piece.copy())
             if self._own & {"policy_loss", "loss_terms"}:
                 counts = {"batch_num_tokens": int(rows.columns["response_mask"][part].sum())}
                 self._settings.global_batch_info.update({**counts, "global_batch_size": len(part)})
@@ -125,6 +133,23 @@ class ActorPart:
                 self._keep_metrics(stage, told, self._metrics[rank])
             told.clear()
 
+    def _shape(self, step: int, micro_batch: int, rows: Table) -> None:
+        """Made-up logits [B,T,V], and the shaped log-prob of a token of each."""
+        stage, ids, mask = "shape_logits", rows.columns["responses"], rows.columns["response_mask"].bool()
+        angle = rows.columns["log_probs"][..., None] * torch.arange(1, VOCABULARY + 1) + ids[..., None]
+        leaf = (5 * angle.sin()).requires_grad_()
+        logits = leaf * 1.0
+        plugins = self._ranks[micro_batch % len(self._ranks)]
+        shaped = self._recorder.call(plugins, stage, {"logits": logits.detach()}, logits=logits)
+        if not torch.isfinite(shaped).all():
+            return self._recorder.fault("result", stage, "gives logits that are not finite")
+        chosen = shaped.log_softmax(-1).gather(-1, (ids % VOCABULARY)[..., None])[..., 0]
+        self._record(step, stage, "the log-prob of row", chosen, rows, mask)
+        gradients = self._gradients(stage, "logits", chosen, {"logits": leaf}, mask[..., None])
+        if (gradient := gradients.get("logits")) is not None:
+            self._record(step, stage, "the length of the gradient of row", gradient.norm(dim=-1), rows, mask)
+        return None
+
     def _keep_metrics(self, stage: str, told: Sequence[tuple[Mapping[str, float], str]], kept: JoinedMetrics) -> None:
         for metrics, reduce in told:
             for key, value in metrics.items():
@@ -150,7 +175,7 @@ class ActorPart:
         self, stage: str, what: str, values: Tensor, leaves: Mapping[str, Tensor], mask: Tensor
     ) -> dict[str, Tensor]:
         """Of the sum over the mask."""
-        total = values[mask].sum()
+        total = values[mask.reshape(values.shape)].sum()
         if not mask.any():
             return {}
         gradients: Sequence[Tensor | None] = [None] * len(leaves)
@@ -191,6 +216,10 @@ class ActorPart:
         self._recorder.note_metrics(actor.step, stage, actor.metrics, f"mini-batch {actor.mini_batch}")
         self._recorder.note(actor.step, stage, f"the norm of mini-batch {actor.mini_batch}", float(norm))
         self._recorder.note(actor.step, stage, f"the weights after mini-batch {actor.mini_batch}", weights.numpy())
+
+
+def _undeclared(*_: Any, **__: Any) -> Tensor:
+    raise DataError("actor.logits is not there; declare logits in needs")
 
 
 def _by_name(stage: str, result: Any) -> dict[str, Tensor]:

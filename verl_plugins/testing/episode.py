@@ -23,10 +23,12 @@ from verl_plugins.services import Answer, Generated, Prompt, Prompts, Rollout, V
 from verl_plugins.testing.actor import ActorPart
 from verl_plugins.testing.fakes import FakeRun
 from verl_plugins.testing.record import Recorder, StageFailed, batch_inputs
-from verl_plugins.testing.scenario import POLICY_FIELDS, TOKENIZER, Change, Scenario, Table, World, stored_as
+from verl_plugins.testing.scenario import POLICY_FIELDS, TOKENIZER, Change, Scenario, World, stored_as
+from verl_plugins.testing.table import Table
 
 PROCESSES = ("driver", "agent_loop", "reward", "actor")
 DISTURBED = ("old_log_probs", "log_probs", "entropy", "current_entropy", "rollout_log_probs", "ref_log_prob")
+DISTURBED += ("sum_pi_squared",)
 MORE_COLUMNS = 3
 
 
@@ -131,7 +133,8 @@ class Episode:
             rows = rows.disturbed(DISTURBED).as_wide_as(rows.width + MORE_COLUMNS)
         rows, full = self._shaped(run, rows)
         rows, put = self._estimated(run, rows, full)
-        self._actor.update(step, rows, put | full.written.keys(), self._width)
+        if not full.update_skipped:
+            self._actor.update(step, rows, put | full.written.keys(), self._width)
         self._validate(run, full)
         if "on_step_end" in self._own:
             metrics = {
@@ -246,7 +249,7 @@ class Episode:
         self.recorder.note_metrics(run.step, "rollout_group", own.metrics, f"prompt {prompt.id}")
         if rollouts is None:
             return self._answers(run, prompt, place, range(prompt.group_size or self._scenario.group_size))
-        if not rollouts:
+        if not rollouts and not any(self._fails(place, number) for number in range(started)):
             raise StageFailed("rollout_group", "gives no rollouts")
         texts = [rollout.text for rollout in rollouts]
         self.recorder.note(run.step, "rollout_group", f"the group of prompt {prompt.id}", texts)
@@ -298,15 +301,16 @@ class Episode:
             self._driver("select_rows", run, batch=full)
             self._record(run, "select_rows", "the mark for dropping row", full, full.dropped)
             for new in full.additions:
-                what = [new.response.tolist(), new.reward, new.correct]
+                what = [new.response.tolist(), new.reward, new.correct, [] if new.past is None else new.past.columns]
                 self.recorder.note(run.step, "select_rows", f"the added row {new.key}", what)
+            self.recorder.note(run.step, "select_rows", "whether the update is skipped", full.update_skipped)
         dropped = {key for key, gone in zip(full.keys, full.dropped.tolist(), strict=True) if gone}
         added = [(full.keys[new.like], new) for new in full.additions]
         dropped, added = self._continue_with(run.step, "select_rows", (dropped, added))
         place = {key: row for row, key in enumerate(full.keys)}
         full.additions = [replace(new, like=place[key]) for key, new in added]
         rows = self._rows_to_continue_with(run.step, "shape_rewards", rows, full.written)
-        rows = rows.with_additions(full.additions)
+        rows = rows.with_additions(full.additions, self._world.dataset.__getitem__)
         return rows.rows([row for row, key in enumerate(rows.keys) if key not in dropped]), full
 
     def _estimated(self, run: FakeRun, rows: Table, full: Batch) -> tuple[Table, set[str]]:

@@ -6,7 +6,7 @@ Where a trainer would ask the policy, they answer with made-up numbers that depe
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from verl_plugins.batch import Batch
+from verl_plugins.bridge.moving import moved
 from verl_plugins.services import Generated
 
 
@@ -69,6 +70,11 @@ class FakeRun:
     metrics: dict[str, float] = field(default_factory=dict)
     stopped: str | None = None
     _generators: dict[tuple[int, int, str], np.random.Generator] = field(default_factory=dict, repr=False)
+
+    @property
+    def update(self) -> int:
+        """One to a step, as in all modes but `separate_async`."""
+        return self.step
 
     def log(self, metrics: Mapping[str, float]) -> None:
         self.metrics.update(metrics)
@@ -130,6 +136,11 @@ class TinyModel(torch.nn.Module):
             for parameter in self.parameters():
                 parameter.normal_(generator=generator)
 
+    def forward(self, ids: Tensor) -> Tensor:
+        """[n] token ids -> [n,16] logits."""
+        hidden = self.embed_tokens(ids)
+        return self.lm_head(hidden + self.layer(hidden).tanh() @ self.layer.weight)
+
 
 class FakeActor:
     """See `verl_plugins.services.Actor`: a tiny model, AdamW, and gradients that `accumulate` makes up."""
@@ -143,6 +154,17 @@ class FakeActor:
 
     def log(self, metrics: Mapping[str, float]) -> None:
         self.metrics.update(metrics)
+
+    def parameters(self) -> list[Tensor]:
+        return [parameter.detach() for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def logits(self, tokens: int, at: Iterable[Tensor] | None = None) -> Tensor:
+        """[n,16] those of the model's 16 tokens, as many as are asked for."""
+        with moved(self.parameters(), at), torch.no_grad():
+            return self.module(torch.arange(16)[:tokens])
+
+    def gather(self, values: Tensor) -> Tensor:
+        return values
 
     def accumulate(self) -> None:
         """Gradients of one mini-batch, a function of seed, step and mini-batch."""

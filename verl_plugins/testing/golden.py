@@ -74,10 +74,11 @@ def differences(case: Mapping[str, Any], replay: Replay) -> list[str]:
 
 
 def _difference(key: str, found: Any, expected: Any, rtol: float, atol: float) -> list[str]:
-    if parts := _parts(expected):
+    parts = _parts(expected)
+    if parts or isinstance(expected, Mapping):
         ours = found if isinstance(found, Mapping) else dict(enumerate(found))
         wrong = [f"{key} has no entry {name!r}" for name in parts if name not in ours]
-        if isinstance(expected, list):
+        if isinstance(expected, list) or not parts:
             wrong += [f"{key} has an entry {name!r} too many" for name in ours if name not in parts]
         pairs = [(f"{key}.{name}", ours[name], parts[name]) for name in parts if name in ours]
         return wrong + [text for pair in pairs for text in _difference(*pair, rtol, atol)]

@@ -6,7 +6,7 @@ cut off by its budget, and one with a token that the policy did not generate (as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,15 +15,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
-from verl_plugins.batch import Addition
 from verl_plugins.composition.compose import verl_config
 from verl_plugins.services import Answer, Prompt, Rollout, Verdict
-from verl_plugins.testing.fakes import FakeTokenizer, plausible
+from verl_plugins.testing.fakes import FakeTokenizer
+from verl_plugins.testing.table import Table, pad, uids
 
 TOKENIZER = FakeTokenizer()
-PROMPT_FIELDS = ("prompts", "prompt_log_probs")
-"""Fields whose second dimension is the prompt's, not the response's."""
-POLICY_FIELDS = ("old_log_probs", "entropy", "prompt_log_probs", "rollout_log_probs", "ref_log_probs")
+POLICY_FIELDS = ("old_log_probs", "entropy", "prompt_log_probs", "rollout_log_probs", "ref_log_probs", "sum_pi_squared")
 """As `needs` calls them; all but the first are in a batch only if the plugin needs them."""
 
 
@@ -118,113 +116,6 @@ class Change:
     """All responses but one of the last group failed; that one, which is right, has nothing to compare with."""
 
 
-class Table:
-    """The rows of a step: columns by name, tensors [B,…] or lists [B]."""
-
-    def __init__(self, keys: Sequence[str], columns: Mapping[str, Any]) -> None:
-        self.keys, self.columns = list(keys), dict(columns)
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    @property
-    def width(self) -> int:
-        """T of the token-level columns."""
-        return self.columns["response_mask"].shape[1]
-
-    def rows(self, rows: Sequence[int]) -> Table:
-        """Some of the rows, in the order given."""
-        pick = lambda column: column[list(rows)] if isinstance(column, Tensor) else [column[row] for row in rows]  # noqa: E731
-        return Table(pick(self.keys), {name: pick(column) for name, column in self.columns.items()})
-
-    def shuffled(self, seed: int) -> Table:
-        return self.rows(np.random.default_rng([seed, 11]).permutation(len(self)).tolist())
-
-    def is_token_level(self, name: str) -> bool:
-        column = self.columns[name]
-        return isinstance(column, Tensor) and column.dim() == 2 and name not in PROMPT_FIELDS
-
-    def as_wide_as(self, width: int) -> Table:
-        """Token-level columns padded with zeros, or cut, to `width` tokens."""
-        sized = {
-            name: torch.nn.functional.pad(column, (0, width - self.width))
-            for name, column in self.columns.items()
-            if self.is_token_level(name)
-        }
-        return self.with_columns(sized)
-
-    def with_padding_rows(self, count: int) -> Table:
-        """Rows of zeros with an empty mask at the end, as verl makes them; lists repeat their first entry."""
-
-        def longer(column: Any) -> Any:
-            if isinstance(column, Tensor):
-                return torch.cat([column, column.new_zeros(count, *column.shape[1:])])
-            return [*column, *[column[0]] * count]
-
-        names = [*self.keys, *[f"pad{row}_0_0" for row in range(count)]]
-        columns = {name: longer(column) for name, column in self.columns.items()}
-        return Table(names, columns | {"uid": _uids(names)})
-
-    def disturbed(self, names: Sequence[str]) -> Table:
-        """Other values of float columns at tokens of the response that the policy did not generate."""
-        lengths = self.columns["response_lengths"][:, None]
-        foreign = (torch.arange(self.width) < lengths) & ~self.columns["response_mask"].bool()
-        changed = {
-            name: torch.where(foreign, self.columns[name] - 3.0, self.columns[name])
-            for name in names
-            if name in self.columns
-        }
-        return self.with_columns(changed)
-
-    def with_additions(self, additions: Sequence[Addition]) -> Table:
-        """The responses that `select_rows` added, at the end: rows like those of their groups, with other tokens."""
-        if not additions:
-            return self
-        ids = [torch.as_tensor(addition.response).long() for addition in additions]
-        policy = [plausible(row) for row in ids]
-        last = [torch.zeros(len(row)).index_fill_(0, torch.tensor(len(row) - 1), 1.0) for row in ids]
-        known = [addition.rollout_log_probs for addition in additions]
-        rollout = [old if own is None else own for own, old in zip(known, policy, strict=True)]
-        of_tokens = {
-            "responses": ids,
-            "response_mask": [torch.ones_like(row) for row in ids],
-            "rm_scores": [row * addition.reward for row, addition in zip(last, additions, strict=True)],
-            "rollout_log_probs": [torch.as_tensor(row) for row in rollout],
-            **dict.fromkeys(("old_log_probs", "log_probs", "ref_log_prob"), policy),
-            **dict.fromkeys(("entropy", "current_entropy"), [-row for row in policy]),
-        }
-        old = self.as_wide_as(max(self.width, *map(len, ids)))
-        wide = [torch.zeros(old.width)]
-        keys = [addition.key for addition in additions]
-        new = old.rows([addition.like for addition in additions]).with_columns(
-            {name: _pad([*rows, *wide])[:-1].to(rows[0].dtype) for name, rows in of_tokens.items()}
-            | {
-                "uid": _uids(keys),
-                "response_lengths": torch.tensor([len(row) for row in ids]),
-                "verdict": torch.tensor([float(addition.correct) for addition in additions]),
-                "extra_fields": [{"reward_extra_info": {"acc": float(addition.correct)}} for addition in additions],
-            }
-        )
-        join = lambda one, two: torch.cat([one, two]) if isinstance(one, Tensor) else [*one, *two]  # noqa: E731
-        return Table(
-            [*self.keys, *keys], {name: join(column, new.columns[name]) for name, column in old.columns.items()}
-        )
-
-    def with_columns(self, columns: Mapping[str, Any]) -> Table:
-        """Columns added or replaced."""
-        return Table(self.keys, {**self.columns, **columns})
-
-    def with_columns_of(self, other: Table, names: Iterable[str]) -> Table:
-        """Columns replaced by those of `other`, if it has them; it has the same rows in any order and padding."""
-        place = {key: row for row, key in enumerate(other.keys)}
-        rows = other.rows([place[key] for key in self.keys]).as_wide_as(self.width)
-        return self.with_columns({name: rows.columns[name] for name in names if name in rows.columns})
-
-    def copy(self) -> Table:
-        """With tensors of its own."""
-        return self.rows(range(len(self)))
-
-
 class World:
     """Answers and rewards of one scenario; every number is a function of (seed, step, prompt, response)."""
 
@@ -285,39 +176,47 @@ class World:
         return -self.rng(step, prompt, number, 1).exponential(1.0, size)
 
     def table(self, step: int, groups: Sequence[Sequence[Rollout]]) -> Table:
-        """The scored rows of a step in the trainer's order: sorted by key."""
-        rows = {
-            f"{group[0].outputs['prompt'].id}-{step}-{place}_{session}_0": rollout
+        """The scored rows of a step in the trainer's order: sorted by key. A group of which all failed has none."""
+        pieces = {
+            f"{rollout.outputs['prompt'].id}-{step}-{place}_{session}_{turn}": piece
             for place, group in enumerate(groups)
             for session, rollout in enumerate(group)
+            for turn, piece in enumerate(_pieces(rollout))
         }
-        keys = sorted(rows)
-        rollouts = [rows[key] for key in keys]
-        prompts = [rollout.outputs["prompt"] for rollout in rollouts]
-        ids = [torch.tensor(rollout.response_ids) for rollout in rollouts]
-        questions = [torch.tensor(TOKENIZER.apply_chat_template(prompt.messages)) for prompt in prompts]
+        keys = sorted(pieces)
+        rows = [pieces[key] for key in keys]
+        prompts = [piece.of.outputs["prompt"] for piece in rows]
+        questions = [
+            torch.tensor(TOKENIZER.apply_chat_template(prompt.messages) + piece.before)
+            for prompt, piece in zip(prompts, rows, strict=True)
+        ]
+        ids = [torch.tensor(piece.ids) for piece in rows]
         rewards = [torch.zeros(len(row)) for row in ids]
-        for row, rollout in zip(rewards, rollouts, strict=True):
-            row[-1] = rollout.score
+        for row, piece in zip(rewards, rows, strict=True):
+            row[-1] = piece.of.score
         columns = {
-            "uid": _uids(keys),
-            "responses": _pad(ids),
-            "response_mask": _pad([torch.tensor(rollout.outputs["mask"]) for rollout in rollouts]),
+            "uid": uids(keys),
+            "responses": pad(ids),
+            "response_mask": pad([torch.tensor(piece.cut(piece.rollout.outputs["mask"], [0])) for piece in rows]),
             "response_lengths": torch.tensor([len(row) for row in ids]),
-            "prompts": _pad(questions),
+            "prompts": pad(questions),
             "prompt_lengths": torch.tensor([len(row) for row in questions]),
-            "rm_scores": _pad(rewards),
-            "verdict": torch.tensor([float(rollout.correct) for rollout in rollouts]),
-            "extra_fields": [{"reward_extra_info": rollout.info, **rollout.fields} for rollout in rollouts],
+            "rm_scores": pad(rewards),
+            "verdict": torch.tensor([float(piece.of.correct) for piece in rows]),
+            "extra_fields": [{"reward_extra_info": piece.of.info, **piece.of.fields, **piece.fields} for piece in rows],
         }
+        if any(piece.of.segments for piece in rows):
+            columns["__offset__"] = torch.tensor([piece.start for piece in rows])
+            columns["__truncated__"] = torch.tensor([piece.of.truncated for piece in rows])
         names = {name for prompt in prompts for name in prompt.row if name != "__rollout_n__"}
         columns |= {name: [prompt.row.get(name) for prompt in prompts] for name in sorted(names)}
-        return Table(keys, columns | self._policy(step, rollouts, columns["prompt_lengths"]))
+        return Table(keys, columns | self._policy(step, rows, columns["prompt_lengths"]))
 
-    def _policy(self, step: int, rollouts: Sequence[Rollout], prompt_lengths: Tensor) -> dict[str, Tensor]:
+    def _policy(self, step: int, rows: Sequence[_Piece], prompt_lengths: Tensor) -> dict[str, Tensor]:
         """What a policy, and a reference, would say of the responses; `log_probs` is the policy after some updates."""
         found: dict[str, list[Tensor]] = {}
-        for rollout, prompt_length in zip(rollouts, prompt_lengths.tolist(), strict=True):
+        for piece, prompt_length in zip(rows, prompt_lengths.tolist(), strict=True):
+            rollout = piece.rollout
             size, place = len(rollout.response_ids), (rollout.outputs["prompt"].id, rollout.outputs["number"])
             old, rng = self._said(step, *place, size), self.rng(step, *place, 3)
             values = {
@@ -325,18 +224,41 @@ class World:
                 "log_probs": np.minimum(old + rng.normal(0, 0.3, size), -1e-3),
                 "entropy": rng.uniform(0.05, 2.0, size),
                 "current_entropy": rng.uniform(0.05, 2.0, size),
+                "sum_pi_squared": np.exp(2 * np.asarray(old)) + rng.uniform(0.0, 0.1, size),
                 "rollout_log_probs": rollout.log_probs,
                 "ref_log_prob": np.minimum(old + rng.normal(0, 0.5, size), -1e-3),
-                "prompt_log_probs": -rng.exponential(1.0, prompt_length - 1),
             }
+            values = {name: piece.cut(list(value), [0.0]) for name, value in values.items()}
+            values["prompt_log_probs"] = -rng.exponential(1.0, prompt_length - 1)
             for name, value in values.items():
                 found.setdefault(name, []).append(torch.tensor(value, dtype=torch.float32))
-        return {name: _pad(rows) for name, rows in found.items()}
+        return {name: pad(rows) for name, rows in found.items()}
 
 
-def _uids(keys: Sequence[str]) -> list[str]:
-    return [key.rsplit("_", 2)[0] for key in keys]
+@dataclass(frozen=True)
+class _Piece:
+    """The tokens of a row: those of `rollout` from `start` to `end`, published for the response `of`."""
+
+    of: Rollout
+    rollout: Rollout
+    start: int
+    end: int
+    fields: Mapping[str, Any]
+
+    @property
+    def before(self) -> list[int]:
+        return self.rollout.response_ids[: self.start]
+
+    @property
+    def ids(self) -> list[int]:
+        return self.cut(self.rollout.response_ids, [TOKENIZER.eos_token_id])
+
+    def cut(self, values: Sequence[Any], otherwise: list[Any]) -> list[Any]:
+        """One value per token; an empty row has one token that the policy did not generate."""
+        return list(values[self.start : self.end]) or otherwise
 
 
-def _pad(rows: Sequence[Tensor]) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+def _pieces(rollout: Rollout) -> list[_Piece]:
+    """The rows of a response."""
+    whole = _Piece(rollout, rollout, 0, len(rollout.response_ids), {})
+    return [_Piece(rollout, part.rollout, part.start, part.end, part.fields) for part in rollout.segments] or [whole]

@@ -153,6 +153,13 @@ class TestWrapper:
 
     ROWS = ["1-1-0"] * 3 + ["2-1-0"] * 3, [1.0, 0, 0, 1, 0, 0], [2, 3, 3, 4, 3, 3]
 
+    def test_a_response_in_segments_is_as_long_as_all_of_it(self):
+        """Of last segments of 2, 3 and 3 tokens the success is the shortest, of what they end the longest."""
+        rows, ends = (["1-1-0"] * 3, [1.0, 0.0, 0.0]), [2, 3, 3]
+        last = batch_of(*rows, ends, truncated=[0, 0, 0], offset=torch.tensor([5, 0, 2]))
+        assert float(weigh(last)[0]) == float(weigh(batch_of(*rows, [7, 3, 5]))[0]) == 1
+        assert float(weigh(batch_of(*rows, ends))[0]) == pytest.approx(0.1)
+
     def test_multiplies_what_the_estimator_gives(self):
         batch, plugins = batch_of(*self.ROWS), [Grpo(Grpo.Config()), Adora(Adora.Config())]
         plain, found = (

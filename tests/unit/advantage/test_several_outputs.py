@@ -1,17 +1,21 @@
-"""A session speaks by its last output: what stands in the earlier ones changes no estimator's advantages."""
+"""A session speaks by its last output: what stands in the earlier ones changes no estimator's advantages.
+
+So it is with agents of several outputs, and with responses that a plugin publishes in segments.
+"""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fakes import FakeRun
 from omegaconf import OmegaConf
 
 from verl_plugins import Batch, Groups
-from verl_plugins.composition import manager
+from verl_plugins.composition import manager, manifest
 from verl_plugins.reward.structural_entropy import dominance, ranking_reward
 
 UID = ["1-1-0"] * 4 + ["2-1-0"] * 3 + ["3-1-0"] * 3 + ["4-1-0"] * 2
@@ -23,6 +27,11 @@ OUTPUTS = [1, 3, 1, 2, 2, 1, 1, 1, 2, 1, 3, 1]
 TOKENS, END = 5, 2
 ESTIMATORS = [
     ("grpo", {}),
+    ("adora", {}),
+    ("adora", {"variant": "paper_llm"}),
+    ("progrpo", {}),
+    ("igpo", {}),
+    ("igpo", {"normalize": "joint", "by_std": False}),
     ("mc_grpo", {"scale": "std"}),
     ("bnpo", {}),
     ("bnpo", {"components": ["part", "acc"]}),
@@ -38,6 +47,14 @@ ESTIMATORS = [
     ("ttrl", {"grader": "exact"}),
     ("ttrl", {"grader": "exact", "missing": "as_empty_answer"}),
 ]
+BY_TOKENS = ("progrpo",)
+"""These add to a row what its own tokens say: of the earlier outputs they say something else."""
+ALONE = {
+    "drpo": "refuses them, see its own test",
+    "spo_chain": "compares a response with its own continuations",
+    "dcpo": "its term and its weight are of the tokens of the step",
+}
+"""Estimators in whose advantages no group is counted."""
 
 
 def batch_of(outputs: list[int], noise: int) -> Batch:
@@ -67,6 +84,9 @@ def batch_of(outputs: list[int], noise: int) -> Batch:
         responses=torch.tensor([[7 if row["uid"][0] == "2" else END] * TOKENS for row in rows]),
         entropy=torch.stack([row["entropy"] for row in rows]),
         rollout_log_probs=torch.zeros(len(rows), TOKENS),
+        old_log_probs=-torch.stack([row["entropy"] for row in rows]),
+        prompt_log_probs=torch.tensor([[-0.1 * int(row["uid"][0])] * 2 for row in rows]),
+        prompt_lengths=torch.tensor([3] * len(rows)),
         reward_model=[{"ground_truth": "5"}] * len(rows),
         tokenizer=SimpleNamespace(eos_token_id=END),
         budget=TOKENS,
@@ -82,7 +102,7 @@ def junk(seed: int) -> dict[str, Any]:
 
 def estimate(name: str, options: dict[str, Any], batch: Batch) -> tuple[dict[str, float], dict[str, float]]:
     """What each session gets, by its name, from the stage that the plugin has; and what is logged."""
-    plugins = manager.build({name: options})
+    plugins = manager.build({name: options} if name == "grpo" else {name: options, "grpo": {}})
     run = FakeRun(config=OmegaConf.create({"actor_rollout_ref": {"rollout": {"n": 4}}}))
     if name == "ttrl":
         batch.correct  # noqa: B018  the verdict is what the verifier said
@@ -91,7 +111,8 @@ def estimate(name: str, options: dict[str, Any], batch: Batch) -> tuple[dict[str
     else:
         given = plugins.hook.estimate_advantage(run=run, batch=batch)[:, 0]
     found: dict[str, float] = {}
-    for key, value in zip(batch.keys, given.tolist(), strict=True):
+    counted = batch.is_last | torch.tensor(name not in BY_TOKENS)
+    for key, value in zip(np.array(batch.keys)[counted], given[counted].tolist(), strict=True):
         session = key.rpartition("_")[0]
         assert found.setdefault(session, value) == value, "outputs of one session get the same"
     return found, run.metrics
@@ -104,8 +125,14 @@ def test_earlier_outputs_change_nothing(name, options, noise):
     found, metrics = estimate(name, options, batch_of(OUTPUTS, noise))
     assert found == pytest.approx(given, abs=1e-6)
     assert any(given.values())
-    if name in ("a_grae", "bnpo", "ttrl", "riskpo"):  # others average over rows
+    if name in ("a_grae", "bnpo", "ttrl", "riskpo", "igpo"):  # others average over rows
         assert metrics == pytest.approx(logged, abs=1e-6)
+
+
+def test_no_estimator_is_left_out():
+    known = {name for name, _ in ESTIMATORS} | ALONE.keys()
+    ours = [entry for entry in manifest.entries() if entry.dist and entry.dist.name == "verl-plugins"]
+    assert {one.name for one in manifest.manifests(ours) if "estimate_advantage" in one.hooks} <= known
 
 
 @pytest.mark.parametrize("ties", ["average", "stable"])

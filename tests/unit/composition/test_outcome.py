@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,11 +22,13 @@ from verl_plugins.composition.blame import whose
 from verl_plugins.composition.manager import Plugins
 from verl_plugins.errors import ResultError
 from verl_plugins.hookspecs import FIRST_RESULT
-from verl_plugins.services import Prompt, Prompts, Rollout, Verdict
+from verl_plugins.replay import StoredRow
+from verl_plugins.services import Prompt, Prompts, Rollout, Segment, Verdict
 from verl_plugins.testing import FakeDataset, FakeRun
 from verl_plugins.tokens import Tokens
 
 NAN = float("nan")
+PAST = StoredRow("5-1-0", 1, np.array([3]), 0, np.array([4]), np.array([-0.5]), 1.0, True, False)
 
 
 def plugin(plugin_name: str, stage: str, function: Callable, **options: Any) -> Plugin:
@@ -89,6 +92,15 @@ def gives_async(value: Any) -> Callable:
 
 RUN = FakeRun(FakeDataset(10))
 TWICE = rollout()
+
+
+def in_segments(*places: tuple[int, int], ids: tuple[int, ...] = (1, 2, 3)) -> Rollout:
+    """A response of three tokens, its segments taken from one that begins with `ids`."""
+    whole = dataclasses.replace(rollout(), response_ids=[1, 2, 3])
+    whole.segments = [Segment(dataclasses.replace(rollout(), response_ids=list(ids)), *place) for place in places]
+    return whole
+
+
 CASES: list[tuple[str, Callable, dict[str, Any], str]] = [
     ("select_prompts", gives([1, 1, 2]), {"run": RUN, "count": 3}, "2 distinct prompt ids; 3 are asked"),
     ("select_prompts", gives([1, 2]), {"run": RUN, "count": 3}, "2 distinct prompt ids; 3 are asked"),
@@ -118,6 +130,9 @@ CASES: list[tuple[str, Callable, dict[str, Any], str]] = [
     ("loss_terms", gives({"a": torch.zeros(3)}), {}, "loss_terms 'a' returned shape (3,)"),
     ("loss_terms", gives(torch.zeros(4, 3)), {}, "returned a Tensor, expected a dict"),
     ("loss_terms", gives({3: torch.zeros(4, 3)}), {}, "expected a dict of terms by name"),
+    ("shape_logits", gives(1.0), {"logits": torch.zeros(2, 5)}, "returned a float, expected logits (2, 5)"),
+    ("shape_logits", gives(torch.zeros(2, 4)), {"logits": torch.zeros(2, 5)}, "shape (2, 4), expected that of the"),
+    ("shape_logits", gives(torch.zeros(2, 5).long()), {"logits": torch.zeros(2, 5)}, "torch.int64, expected floating"),
     ("optimizer_step", gives("large"), {"actor": None}, "returned a str, expected the norm"),
     ("score_answer", gives(1.0), {"answer": None}, "returned a float, expected a Verdict"),
     ("score_answer", gives(Verdict(NAN, False)), {"answer": None}, "the score nan, expected a finite number"),
@@ -126,6 +141,17 @@ CASES: list[tuple[str, Callable, dict[str, Any], str]] = [
     ("score_answer", gives(Verdict(1.0, True, {"part": NAN})), {"answer": None}, "part=nan"),
     ("rollout_group", gives_async(["text"]), {"prompt": None, "sample": None}, "expected a list of what sample() gave"),
     ("rollout_group", gives_async([TWICE, TWICE]), {"prompt": None, "sample": None}, "returned a rollout twice"),
+    *[
+        ("rollout_group", gives_async([in_segments(*places, ids=ids)]), {"prompt": None, "sample": None}, says)
+        for places, ids, says in (
+            ([(0, 2), (1, 3)], (1, 2, 3), "segment 2 of a response of 3 tokens is 1 to 3; segments follow each other"),
+            ([(1, 1), (1, 3)], (1, 2, 3), "only the last may be empty"),
+            ([(2, 1)], (1, 2, 3), "follow each other from 0 on"),
+            ([(0, 4)], (1, 2, 3, 4), "segment 1 of a response of 3 tokens is 0 to 4"),
+            ([(0, 2)], (1, 2, 3), "the last one ends the response"),
+            ([(0, 1), (1, 3)], (1, 7, 3), "segment 2 of a response of 3 tokens is 1 to 3, and its rollout has other"),
+        )
+    ],
 ]
 
 
@@ -158,6 +184,8 @@ CASES += [
     for change, said in (
         (lambda batch: batch.drop(torch.arange(4) == 1), f"{stage} called batch.drop, which only select_rows may"),
         (lambda batch: batch.add(0, np.array([1]), reward=1, correct=True), f"{stage} called batch.add, which only"),
+        (lambda batch: batch.bring_back([PAST]), f"{stage} called batch.bring_back, which only"),
+        (lambda batch: batch.skip_update(), f"{stage} called batch.skip_update, which only"),
     )
 ]
 CASES += [

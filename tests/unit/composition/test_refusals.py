@@ -69,6 +69,49 @@ def test_distillation_with_plugins_of_the_driver(run) -> None:
     run("vade", "distillation.enabled=true")
 
 
+class TestLogits:
+    """Shaped on all sides or on none, and looked at where they are made."""
+
+    SERVER, FUSED = "actor_rollout_ref.rollout.name", f"{MODEL}.use_fused_kernels"
+    ANY = "plugins.stablemax.allow_pretrained=true"
+
+    @pytest.mark.parametrize("server", ["vllm", "sglang"])
+    def test_other_servers_would_sample_from_unshaped_ones(self, refused, server) -> None:
+        name = f"{self.SERVER}={server}"
+        refused("stablemax", name, parts=("'stablemax' shapes logits", name), mended=(f"{self.SERVER}=transformers",))
+
+    def test_on_a_gpu_too_the_server_of_this_package_serves_them(self, run, refused) -> None:
+        refused("stablemax", self.ANY, parts=(f"{self.SERVER}=vllm", "~plugins.stablemax"), preset="1gpu")
+        run("stablemax", self.ANY, f"{self.SERVER}=transformers", preset="1gpu")
+
+    @pytest.mark.parametrize(
+        ("recipe", "who"),
+        [("stablemax", "'stablemax' shapes logits"), ("ghosts_of_softmax", "'ghosts_of_softmax' needs logits")],
+    )
+    def test_fused_kernels_make_none(self, refused, recipe, who) -> None:
+        on = f"{self.FUSED}=true"
+        refused(recipe, on, parts=(who, f"{self.FUSED}=True"), mended=(f"{self.FUSED}=False",))
+
+    def test_other_engines_do_not_show_them(self, refused) -> None:
+        roles = tuple(f"actor_rollout_ref.{role}.strategy=megatron" for role in ("actor", "ref"))
+        parts = ("'saturation' needs logits", "actor_rollout_ref.actor.strategy is 'megatron'", "model_engine=dp")
+        refused("grpo", "model_engine=megatron", *roles, "+plugins.saturation={}", parts=parts, preset="8gpu")
+
+    def test_counting_saturated_tokens_needs_none(self, run) -> None:
+        counting = ("+plugins.saturation.probe_tokens=0", f"{self.FUSED}=true")
+        run("grpo", *counting, preset="1gpu")
+
+    def test_distillation_would_see_the_student_s_only(self, refused) -> None:
+        refused("stablemax", "distillation.enabled=true", parts=("stage shape_logits", "~plugins.stablemax"))
+
+    def test_a_model_of_the_user_s(self, refused) -> None:
+        refused("stablemax", f"{MODEL}.path=/models/mine", parts=("/models/mine", "softmax"), mended=(self.ANY,))
+
+    def test_measuring_tokens_of_any_model(self, run) -> None:
+        run("grpo", "+plugins.saturation={}", preset="smollm2")
+        run("ghosts_of_softmax", preset="smollm2")
+
+
 class TestEngines:
     """The choice of an engine, and the keys verl reads it from, agree."""
 

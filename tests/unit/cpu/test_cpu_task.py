@@ -7,12 +7,16 @@ import hashlib
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 from verl_plugins import RECIPES
+from verl_plugins.bridge.logits import shaping
 from verl_plugins.composition.cache import cache_folder
 from verl_plugins.composition.settings import typed
 from verl_plugins.cpu import warmup
@@ -20,6 +24,7 @@ from verl_plugins.cpu.model import ModelSettings, make_model, make_tokenizer
 from verl_plugins.cpu.task import DATA_SOURCE, TaskSettings, all_sums, split_sums, write_task
 from verl_plugins.cpu.warmup import WarmupSettings, prepare, warm_up
 from verl_plugins.errors import RunError
+from verl_plugins.optim.stablemax import symlog
 
 MODEL = ModelSettings(hidden_size=32, layers=1, heads=1, kv_heads=1, intermediate_size=32)
 TASK = TaskSettings(train_rows=40, val_rows=10, terms=2)
@@ -182,6 +187,40 @@ prepare(Path({str(tmp_path)!r}), {MODEL!r}, {TASK!r}, {WARMUP!r}, progress=progr
     outputs = [one.communicate()[0] for one in both]
     assert [one.returncode for one in both] == [0, 0]
     assert sorted(outputs) == ["", "made\n"]
+
+
+class TestShapedLogits:
+    """A model is warmed up under the plugins that shape the run's logits, and kept apart from others."""
+
+    @staticmethod
+    def shaping(**settings: Any) -> Any:
+        return shaping({"grpo": {}, "stablemax": settings})
+
+    def test_another_place_for_each_and_the_usual_one_without(self, tmp_path: Path) -> None:
+        places = [
+            warmup.locate(tmp_path, MODEL, TASK, WARMUP, made)
+            for made in (None, shaping({"grpo": {}}), self.shaping(), self.shaping(dtype="float64"), self.shaping())
+        ]
+        assert places[0] == places[1] and places[2] == places[4]
+        assert len({place.model_path for place in places}) == 3
+
+    def test_it_learns_to_speak_through_them(self, tmp_path: Path) -> None:
+        def through(model: Any, inputs: Any, output: Any) -> Any:
+            output.logits = symlog(output.logits)
+            return output
+
+        expected = make_model(MODEL)
+        expected.register_forward_hook(through)
+        warm_up(expected, make_tokenizer(), WARMUP, TASK)
+        made = prepare(tmp_path, MODEL, TASK, WARMUP, None, self.shaping())
+        plain = prepare(tmp_path, MODEL, TASK, WARMUP, None)
+        weights, others = (
+            AutoModelForCausalLM.from_pretrained(one.model_path, dtype=torch.float32).state_dict()
+            for one in (made, plain)
+        )
+        for name, weight in expected.state_dict().items():
+            assert torch.equal(weights[name], weight)
+        assert not torch.equal(others["lm_head.weight"], weights["lm_head.weight"])
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "gone"])

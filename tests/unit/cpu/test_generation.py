@@ -415,19 +415,32 @@ class TestServer:
         assert "stopped serving" in str(answer)
         assert str(answer.__cause__) == "the cause"
 
-    def test_a_leaving_server_refuses(self, server, tokenizer) -> None:
-        async def run() -> None:
-            await server.ready()
-            await server.abort_all_requests(reject_request=True)
-            await server.generate(**self.request(tokenizer, "7"))
+    def test_a_leaving_server_sends_requests_back(self, server, tokenizer) -> None:
+        """verl's client then asks another one; an error would end the session."""
 
-        with pytest.raises(RuntimeError, match="no more requests"):
-            asyncio.run(run())
+        async def run() -> Any:
+            await server.ready()
+            await server.set_global_steps(3)
+            await server.abort_all_requests(reject_request=True)
+            return await server.generate(**self.request(tokenizer, "7"))
+
+        answer = asyncio.run(run())
+        assert (answer.token_ids, answer.log_probs, answer.stop_reason) == ([], [], "aborted")
+        assert answer.extra_fields == {"global_steps": 3}
 
     def test_new_weights_are_copied_in_and_unknown_ones_refused(self, server, tokenizer, sentence) -> None:
         other = make_model(ModelSettings(**{**SETTINGS.__dict__, "seed": 9})).eval()
         weights = dict(other.named_parameters())
-        buckets = list(rollout._buckets(weights.items(), limit=4096))
+
+        async def listed(given: Any) -> list[dict[str, Tensor]]:
+            return [bucket async for bucket in rollout._buckets(given, limit=4096)]
+
+        async def arriving() -> Any:
+            for pair in weights.items():
+                yield pair
+
+        buckets = asyncio.run(listed(weights.items()))
+        assert [list(bucket) for bucket in asyncio.run(listed(arriving()))] == [list(bucket) for bucket in buckets]
         assert len(buckets) > 1
         assert [name for bucket in buckets for name in bucket] == list(weights)
 

@@ -30,6 +30,12 @@ TRUST_REGION = "as in the authors' code, the drift that is penalised is the mean
 SUMS_PER_ROW = Scenario(overrides={"actor_rollout_ref.actor.loss_agg_mode": "seq-mean-token-sum"})
 OF_GROUPS = Scenario(overrides={"algorithm.adv_estimator": "grpo"})
 FSDP2 = Scenario(overrides={"actor_rollout_ref.actor.strategy": "fsdp2"})
+SEQUENCES = Scenario(
+    overrides={
+        "algorithm.rollout_correction.rollout_is": "sequence",
+        "algorithm.rollout_correction.rollout_is_threshold": 8.0,
+    }
+)
 WITH_BONUS = Scenario(overrides={"actor_rollout_ref.actor.entropy_coeff": 0.001})
 SOLVED = Scenario(
     columns={"extra_info": lambda prompt_id: {"solution": f"{prompt_id} and 7 more"}},
@@ -44,6 +50,7 @@ OF_THE_GYM = Scenario(
         }
     }
 )
+SHORT_ANSWERS = Scenario(tokens=7)
 SECOND_EPOCH = Scenario(overrides={"data.train_batch_size": 48}, seed=5)
 """Every step is an epoch of its own, so that prompts are reflected on; with this seed answers are replayed, too."""
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -70,11 +77,35 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"config": {"anchor": "ground_truth", "valid": "answer_extracted"}},
         {"config": {"anchor": "ground_truth", "valid": "answer_extracted", "single_valid": "band", "min_spread": 0.2}},
     ],
+    "vcpo": [
+        {"scenario": SEQUENCES},
+        {
+            "scenario": SEQUENCES,
+            "config": {"score_norm": "length", "agg_mode": "winsorized_mean", "scaling_rule": "linear"},
+        },
+        {"scenario": SEQUENCES, "config": {"scope": "minibatch", "agg_mode": "median", "use_clipped": True}},
+    ],
     "perp_grad": [{"scenario": FSDP2}, {"scenario": FSDP2, "config": {"granularity": "global", "min_ndim": 0}}],
+    "ghosts_of_softmax": [
+        {"scenario": FSDP2},
+        {"scenario": FSDP2, "config": {"target_r": 1e-3, "quantile": 0.9}},
+        {"scenario": FSDP2, "config": {"mode": "diagnose", "radius": "top2", "every": 2}},
+    ],
+    "stablemax": [{"config": {"allow_pretrained": True}}, {"config": {"allow_pretrained": True, "dtype": "float64"}}],
+    "saturation": [{}, {"config": {"probe_tokens": 0}}],
+    "lr_spike": [{"config": {"step": 3}}],
     "prob_mask": [{"scenario": OF_GROUPS, "config": {"rho": 0.5}}],
     "spo_chain": [
         {"config": {"interval": 1, "samples": 2}, "except_for": LONE_SEGMENTS},
         {"config": {"interval": 2, "samples": 3, "whiten": "none", "rho": 0.5}, "except_for": LONE_SEGMENTS},
+    ],
+    "spo_tree": [
+        {"scenario": SHORT_ANSWERS, "config": {"branches": [3, 2, 2], "segment_tokens": 2}},
+        {"scenario": SHORT_ANSWERS, "config": {"branches": [2, 2], "segment_tokens": 2, "by_std": True, "rows": 13}},
+        {
+            "scenario": SHORT_ANSWERS,
+            "config": {"branches": [3, 2], "segment_tokens": 2, "rows_per_prompt": 2, "whiten": "none", "rho": 0.5},
+        },
     ],
     "mopps": [{}, {"config": {"strategy": "threshold", "pool_ratio": 2, "decay": 0.5}}, {"config": {"metric": "acc"}}],
     "clip_cov": [

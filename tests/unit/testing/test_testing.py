@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import torch
 
-from verl_plugins import CompositionError, DataError, Plugin, Verdict, hookimpl, setting
+from verl_plugins import CompositionError, DataError, Plugin, Segment, Verdict, hookimpl, setting
 from verl_plugins.composition.needs import NEEDS
-from verl_plugins.hookspecs import STAGES
+from verl_plugins.replay import RowStore
 from verl_plugins.testing import PluginCheckError, Scenario, check_plugin
 from verl_plugins.testing.record import generator_states
 
@@ -91,6 +91,10 @@ class Sound(Plugin):
         batch.put("weight", batch.full.groups.std(batch.full.scores)[: len(batch)] * 0 + batch.scores)
         batch.put("copied", batch.advantages + 1)
 
+    @hookimpl
+    def shape_logits(self, logits):
+        return logits * self.config.scale + logits.logsumexp(-1, keepdim=True)
+
     @hookimpl(wrapper=True)
     def policy_loss(self, tokens):
         losses = yield
@@ -127,6 +131,85 @@ class Sound(Plugin):
         self.seen, self.steps, self.norms = state["seen"].copy(), state["steps"], state["norms"].clone()
 
 
+class Cuts(Plugin):
+    """Every response in two segments, behind the first of which another response stands as well."""
+
+    name = "cuts"
+
+    @hookimpl
+    async def rollout_group(self, run, prompt, sample):
+        found = []
+        for begun in await sample(3, max_tokens=3):
+            first = Segment(begun, 0, len(begun.response_ids), {"value": 0.5})
+            ends = await sample(2, prefix=begun.response_ids) if begun.truncated else [begun]
+            for end in ends:
+                end.segments = [Segment(end, first.end, len(end.response_ids), {"value": 1.0})]
+            if begun.truncated and ends:
+                ends[0].segments.insert(0, first)
+            elif ends:
+                begun.segments = [first]
+            found += ends
+        return found
+
+    @hookimpl
+    def estimate_advantage(self, run, batch):
+        centred = (batch.scores - batch.groups.mean(batch.scores)) * torch.as_tensor(batch.extra("value"))
+        run.log({"rows_of_a_response": len(batch) / len(batch.sessions), "length": batch.ends.float().mean()})
+        return batch.to_tokens(centred / batch.ends)
+
+
+def test_a_plugin_that_publishes_segments():
+    check_plugin(Cuts)
+    check_plugin(Cuts, scenario=Scenario(tokens=5, seed=3))
+
+
+class Returns(Plugin):
+    """Half of the rows wait a step, with the log-probs they then have; in step 3 the weights stay."""
+
+    name = "returns"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.store = RowStore(["age"])
+
+    @hookimpl
+    def select_rows(self, run, batch):
+        batch.put("age", torch.zeros(len(batch)))
+        late = batch.session % 2 == 1
+        rows = late.nonzero()[:, 0].numpy()
+        whole = rows[(batch.response_mask.sum(1) == batch.lengths)[late].numpy()]
+        old = run.log_probs(batch)
+        log_probs = [old[row, : batch.lengths[row]] for row in whole.tolist()]
+        batch.bring_back(self.store.take(np.ones(len(self.store), bool)))
+        self.store.add(batch, whole, run.step, log_probs, {"age": np.ones(len(whole))})
+        batch.drop(late)
+        if run.step == 3:
+            batch.skip_update()
+
+    @hookimpl
+    def estimate_advantage(self, run, batch):
+        age = batch.extra("age")
+        run.log({"old": age.mean(), "drift": float((batch.old_log_probs * batch.response_mask).sum())})
+        several = batch.from_full(batch.full.groups.count() > 1) | (age > 0)
+        return batch.to_tokens(several * (batch.scores - 0.5) / (1 + age))
+
+    @hookimpl
+    def policy_loss(self, tokens):
+        ratio = (tokens.log_probs - tokens.old_log_probs).exp()
+        return -ratio * tokens.advantages * (1 + tokens.extra("age"))[:, None] * tokens.response_mask
+
+    def state_dict(self):
+        return self.store.state_dict()
+
+    def load_state_dict(self, state):
+        self.store.load_state_dict(state)
+
+
+@pytest.mark.parametrize("scenario", [Scenario(), Scenario(prompts=4, group_size=2, tokens=7, seed=1)])
+def test_a_plugin_that_brings_rows_back(scenario):
+    check_plugin(Returns, scenario=scenario)
+
+
 @pytest.mark.parametrize(
     "scenario",
     [
@@ -142,7 +225,7 @@ def test_a_sound_plugin_passes(scenario: Scenario) -> None:
 def test_what_runs_in_a_real_training_runs_here(tmp_path, monkeypatch) -> None:
     """The plugin of the end-to-end tests reads and writes everything that training offers, in every stage."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "e2e"))
-    from every_stage import EveryStage
+    from every_stage import IMPLEMENTED, EveryStage
 
     check_plugin(
         EveryStage,
@@ -155,7 +238,7 @@ def test_what_runs_in_a_real_training_runs_here(tmp_path, monkeypatch) -> None:
         },
     )
     stages = {json.loads(line)["stage"] for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines()}
-    assert stages == set(STAGES)
+    assert stages == set(IMPLEMENTED)
 
 
 def test_settings_and_columns_reach_the_plugin() -> None:
@@ -318,6 +401,16 @@ def undeclared_extra(self, tokens):
     return surrogate(tokens) + 0 * tokens.extra("rollout_log_probs")
 
 
+def asking_for_logits(self, actor):
+    actor.logits(8)
+    return (yield)
+
+
+def leaning_on_the_token_before(self, logits):
+    before = torch.nn.functional.pad(logits, (0, 0, 1, 0))[:, :-1]
+    return logits + before - before.detach()
+
+
 def restart(self, state):
     self.calls = 0
 
@@ -413,7 +506,22 @@ UNSOUND: list[tuple[str, str, dict[str, Any]]] = [
     ("result.score_answer", "returned a bool, expected a Verdict", {"score_answer": lambda self, answer: True}),
     ("result.score_answer", "the score nan", {"score_answer": lambda self, answer: Verdict(float("nan"), False)}),
     ("result.optimizer_step", "returned a str, expected the norm", {"optimizer_step": lambda self, actor: "x"}),
+    (
+        "result.shape_logits",
+        "expected that of the logits",
+        {"shape_logits": lambda self, logits: logits[..., :-1]},
+    ),
+    (
+        "runs.optimizer_step",
+        "declare logits in needs",
+        {"optimizer_step": Hook(asking_for_logits, wrapper=True)},
+    ),
     # results
+    (
+        "result.shape_logits",
+        "logits that are not finite",
+        {"shape_logits": lambda self, logits: logits.log()},
+    ),
     (
         "result.estimate_advantage",
         "estimate_advantage returned nan at token",
@@ -454,6 +562,16 @@ UNSOUND: list[tuple[str, str, dict[str, Any]]] = [
         "metrics.policy_loss",
         "logged with reduce='median'",
         {"policy_loss": lambda self, tokens: tokens.log({"a": 1.0}, "median") or surrogate(tokens)},
+    ),
+    (
+        "gradient.shape_logits",
+        "no gradient reaches the policy",
+        {"shape_logits": lambda self, logits: logits.detach()},
+    ),
+    (
+        "gradient.shape_logits",
+        "that depends on logits outside the response mask",
+        {"shape_logits": leaning_on_the_token_before},
     ),
     (
         "gradient.policy_loss",
@@ -503,7 +621,17 @@ UNSOUND: list[tuple[str, str, dict[str, Any]]] = [
         "changes tokens.old_log_probs in place",
         {"policy_loss": lambda self, tokens: surrogate(tokens) * tokens.old_log_probs.mul_(1.1)},
     ),
+    (
+        "in_place.shape_logits",
+        "changes logits in place",
+        {"shape_logits": lambda self, logits: logits.add_(1)},
+    ),
     # laws
+    (
+        "micro_batches.shape_logits",
+        "one micro-batch instead of two",
+        {"shape_logits": lambda self, logits: logits * logits.detach().flatten(1).any(1).sum()},
+    ),
     ("processes.policy_loss", "in training each has its own", {"observe": remember, "policy_loss": through_the_object}),
     ("row_order.estimate_advantage", "the advantage of row", {"estimate_advantage": by_position}),
     (
@@ -712,6 +840,7 @@ class TestGolden:
             ({"expected": {"y": [3.0, 6.0], "z": 1}}, "the replay computes nothing called 'z'"),
             ({"expected": {"y": {"a": 3.0}}}, "y has no entry 'a'"),
             ({"expected": {"y": [3.0, [6.0, 6.0]]}}, "y.1 has shape () instead of (2,)"),
+            ({"expected": {"y": {}}}, "y has an entry 0 too many; y has an entry 1 too many"),
             ({"inputs": {"x": [1.0, 2.0], "w": 1}}, "the replay does not read input 'w'"),
             ({"params": {"k": 3, "j": 1}}, "the replay does not read parameter 'j'"),
             ({"params": {}}, "the replay raises AssertionError: the case has no parameter 'k'"),
