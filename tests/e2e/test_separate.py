@@ -104,18 +104,33 @@ def hybrid(out: Path) -> list[Training]:
     folder = out / "hybrid"
     shared = (*SHORT, MODE, "actor_rollout_ref.hybrid_engine=true", "trainer.save_freq=2")
     shared += ("trainer.v1.sampler.max_off_policy_threshold=1",)
-    return [train("vade+clip_cov", folder, *shared, f"trainer.total_training_steps={steps}") for steps in (2, 4)]
+    return [train("vade+vcpo", folder, *shared, f"trainer.total_training_steps={steps}") for steps in (2, 4)]
 
 
 class TestHybrid:
-    """Recipes vade and clip_cov, with hybrid replicas, saved and resumed."""
+    """Recipes vade and vcpo, with hybrid replicas, saved and resumed."""
 
     def test_trains_and_goes_on(self, hybrid: list[Training]) -> None:
         first, second = hybrid
         assert [step["step"] for step in second.steps] == [1, 2, 3, 4]
         assert "resuming after step 2" in second.output
         for step in second.steps:
-            assert ours(step, "clip_cov") and ours(step, "vade")
-            assert step["actor/grad_norm"] > 0
-        seen = [ours(step, "vade")["seen_fraction"] for step in second.steps]
+            assert ours(step, "vade") and step["actor/grad_norm"] > 0
+        assert max(step["health/lag_max"] for step in second.steps) == 1
+
+    def test_steps_follow_the_effective_sample_size(self, hybrid: list[Training]) -> None:
+        """Of all rows at once, since an update has the whole batch; on rollouts of the same weights steps are whole."""
+        for step in hybrid[1].steps:
+            found = ours(step, "vcpo")
+            assert found["ess_ratio"] == pytest.approx(step["health/effective_sample_size"], rel=1e-3)
+            assert found["lr_multiplier"] == pytest.approx(min(1.0, found["ess_ratio"]) ** 0.5)
+            assert found["effective_lr"] == pytest.approx(found["lr_multiplier"] * step["actor/lr"])
+            assert found["skipped"] == 0 and found["score_norm_mean"] > 0
+            if step["health/lag_max"] == 0:
+                assert found["ess_ratio"] == pytest.approx(1, abs=1e-4)
+        multipliers = [ours(step, "vcpo")["lr_multiplier"] for step in hybrid[1].steps]
+        assert min(multipliers) < 1 - 1e-4
+
+    def test_prompts_are_chosen_over_the_stop(self, hybrid: list[Training]) -> None:
+        seen = [ours(step, "vade")["seen_fraction"] for step in hybrid[1].steps]
         assert seen == sorted(seen) and seen[2] > seen[1]
