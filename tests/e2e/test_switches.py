@@ -6,6 +6,7 @@ Which of them a training has is said in docs/capabilities.yaml, of which the gui
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 import torch.distributed.tensor  # the checkpoints' DTensors: `weights_only` loads no class that was not imported
 import yaml
 from one_tool import ASKED, REPLY
-from training import SHORT, Training, healthy, train
+from training import SHORT, Training, healthy, ours, train
 
 pytestmark = pytest.mark.e2e
 
@@ -131,6 +132,35 @@ class TestCriticAdaptersPackingBypassAndTools:
     def test_adapters_are_all_that_was_trained(self, trained: Training) -> None:
         weights = torch.load(trained.out / "global_step_2/actor/model_world_size_1_rank_0.pt", weights_only=True)
         assert any("lora_A" in name for name in weights)
+
+
+class TestLookup:
+    """Recipes igpo and epo on the preset lookup: digits that only the tool knows."""
+
+    @pytest.fixture(scope="class")
+    def trained(self, out: Path) -> Training:
+        chosen = ("~plugins.word_f1", "plugins.igpo.sentence=''", "actor_rollout_ref.actor.loss_agg_mode=token-mean")
+        chosen += ("actor_rollout_ref.actor.kl_loss_coef=0.001", f"trainer.rollout_data_dir={out / 'lookup_rollouts'}")
+        steps = f"trainer.total_training_steps={STEPS}"
+        return train("igpo+epo", out / "lookup", *SHORT, steps, *chosen, preset="lookup")
+
+    def test_who_asks_is_told_and_who_is_right_has_asked(self, trained: Training) -> None:
+        healthy(trained, STEPS)
+        for step in trained.steps:
+            text = (trained.out.parent / f"lookup_rollouts/{step['step']}.jsonl").read_text()
+            rows = [json.loads(line) for line in text.splitlines()]
+            hidden = {row["uid"]: sum(map(row["input"].count, "abcdefghij")) for row in rows}
+            told = [len(re.findall(r"\?[a-j]\n\d\n", row["output"])) for row in rows]
+            assert ours(step, "igpo")["turns"] == pytest.approx(1 + sum(told) / len(told))
+            asked = [row["score"] for row, times in zip(rows, told, strict=True) if 0 < hidden[row["uid"]] == times]
+            guessed = [row["score"] for row, times in zip(rows, told, strict=True) if hidden[row["uid"]] > times]
+            assert sum(asked) / len(asked) > 0.6 > 0.3 > sum(guessed) / len(guessed)
+
+    def test_each_turn_has_an_entropy_and_a_gain(self, trained: Training) -> None:
+        for step in trained.steps:
+            assert {"entropy/turn_0", "entropy/turn_1", "entropy/turn_2"} <= ours(step, "epo").keys()
+            found = ours(step, "igpo")
+            assert found["fallback_frac"] == 0 and found["info_gain_min"] < 0 < found["info_gain_max"]
 
 
 class TestTurnsWithATool:

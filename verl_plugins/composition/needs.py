@@ -93,7 +93,7 @@ def _check_missing(config: DictConfig, *, prepared: bool) -> None:
     """Values marked `???` are the user's to give; model and data may still be made by the preset."""
     for key in sorted(OmegaConf.missing_keys(config)):
         optional = key.startswith("reward.reward_model.") and not config.reward.reward_model.enable
-        made = prepared and key.startswith(("data.", "actor_rollout_ref.model.", "critic.model."))
+        made = prepared and key.startswith(MADE)
         if not (optional or made):
             raise CompositionError(f"{key} has no value: set it, as in {key}=…, or choose a preset that does")
 
@@ -109,6 +109,8 @@ def _check_loss(config: DictConfig, plugins: Plugins) -> None:
         )
 
 
+MADE = ("data.", "actor_rollout_ref.model.", "critic.model.", "actor_rollout_ref.rollout.multi_turn.tool_config_path")
+"""Keys whose values presets make."""
 OF_THE_PASS = ("entropy", "old_log_probs", "prompt_log_probs", "sum_pi_squared")
 """What the forward pass before the update computes."""
 

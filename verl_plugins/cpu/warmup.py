@@ -97,9 +97,16 @@ def warm_up(
     Raises:
         ValueError: if there is not one teacher accuracy for each level of the task, or no prompt is left to learn from.
     """
+    train(model, _Lessons(tokenizer, settings, task), settings, progress)
+
+
+def train(model: PreTrainedModel, lessons: Any, settings: Any, progress: Progress | None = None) -> None:
+    """Train `model` in place on what `lessons.batch(step)` gives: token ids and target probabilities.
+
+    `settings` has `steps`, `lr` and `threads`; torch's thread count is put back.
+    """
     import torch
 
-    lessons = _Lessons(tokenizer, settings, task)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.lr, total_steps=settings.steps, pct_start=0.1, cycle_momentum=False
