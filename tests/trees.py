@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from fakes import FakeRun, FakeTokenizer
+from fakes import FakeDataset, FakeRun, FakeTokenizer
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -119,3 +119,16 @@ def planted(draw: Any, deepest: int = 3, scores: Any = None) -> Planted:
                 below.append(len(parent) - 1)
         level = [node for node in below if draw(st.booleans())] if depth < deepest else []
     return Planted(parent, reward)
+
+
+def plugin(**options: Any) -> SpoTree:
+    return SpoTree(SpoTree.Config(**{"branches": [3, 3, 3], **options}))
+
+
+def selected(trees: list[Planted], step: int = 1, made: SpoTree | None = None, **options: Any) -> tuple[Batch, FakeRun]:
+    """The rows of a step, one tree for each prompt, after the plugin has chosen."""
+    made = made or plugin(**options)
+    run = FakeRun(step=step, dataset=FakeDataset(9))
+    batch = rows_of({f"{place}-{step}-{place}": group(tree, made) for place, tree in enumerate(trees)})
+    made.select_rows(run, batch)
+    return batch, run

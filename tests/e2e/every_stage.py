@@ -5,6 +5,7 @@ Every stage but `shape_logits`: it trains with vLLM, too, where nobody may shape
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -166,13 +167,18 @@ class EveryStage(Plugin):
     def on_step_end(self, run, metrics):
         run.log({"end": run.step})
         metrics["plugins/every_stage/added"] = 1.0
-        import transfer_queue as tq  # here: the module itself is imported where verl must not be
-
-        kept = set(tq.kv_list("train")["train"]) & set(self.left_out)
-        loss = float(metrics["actor/loss"])
-        self.record("on_step_end", step=run.step, loss=loss, left_out=len(self.left_out), kept=sorted(kept))
+        self.record("on_step_end", step=run.step, loss=float(metrics["actor/loss"]), **self.left_behind())
         if run.step == 2:
             run.stop("enough")
+
+    def left_behind(self) -> dict[str, Any]:
+        """How many rows were left out so far, and which of them are still in the queue; without one, nothing."""
+        import transfer_queue as tq  # here: the module itself is imported where verl must not be
+
+        with contextlib.suppress(AssertionError):  # no queue: this is no training
+            kept = set(tq.kv_list("train")["train"]) & set(self.left_out)
+            return {"left_out": len(self.left_out), "kept": sorted(kept)}
+        return {}
 
     @hookimpl
     def on_train_end(self, run):

@@ -141,7 +141,7 @@ def in_trees(batch: Batch) -> tuple[Tensor, Tensor]:
     group, (node, above, depth) = batch.groups.index, (batch.numbers(name).long() for name in (NODE, PARENT, DEPTH))
     size = int(node.max()) + 1
     code, order = torch.sort(group * size + node)
-    place = order[torch.searchsorted(code, group * size + above).clamp(max=len(order) - 1)]
+    place = order[torch.searchsorted(code, group * size + above)]
     roots = torch.zeros(len(batch.groups), dtype=torch.int64)
     return torch.cat([torch.where(above > 0, place, len(batch) + group), roots]), torch.cat([depth, roots])
 
@@ -241,7 +241,7 @@ class SpoTree(Plugin):
         number, ages = facts["row"][taken], step - facts["step"][taken]
         times = cut_or_repeated(number, settings.rows, salt)
         stay = torch.from_numpy(np.isin(row_numbers(batch), number[(ages == 0) & (times > 0)]))
-        again = np.where(ages == 0, times - 1, times).clip(min=0)
+        again = times - (ages == 0)  # a row of this step is there already
         back = [
             replace(row, columns={**row.columns, AGE: float(age)})
             for row, age in zip(self.store.take(taken), ages.tolist(), strict=True)

@@ -42,9 +42,10 @@ def store_additions(
     stored = tq.kv_batch_get(keys=[batch.keys[row] for row in likes], partition_id=meta.partition_id)
     samples = {row: stored[place] for place, row in enumerate(likes)}
     rows = [_row(samples[addition.like], addition, batch, eos) for addition in batch.additions]
-    for row, addition in zip(rows, batch.additions, strict=True):
-        if addition.past is not None:
-            row |= _of_the_past(row, addition.past, dataset(addition.past.prompt_id))
+    past = [(row, addition.past) for row, addition in zip(rows, batch.additions, strict=True) if addition.past]
+    prompts = {number: dataset(number) for number in {one.prompt_id for _, one in past}}
+    for row, one in past:
+        row |= _of_the_past(row, one, prompts[one.prompt_id])
     new_tags = [_tag(tags[batch.keys[addition.like]], addition) for addition in batch.additions]
     keys = [addition.key for addition in batch.additions]
     table = list_of_dict_to_tensordict(rows)
