@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lab_page import not_on_page
+from lab_page import PAGES, not_on_page
 
 from verl_plugins.labs import mgt
 from verl_plugins.labs.mgt import (
@@ -24,6 +25,8 @@ from verl_plugins.labs.mgt import (
 )
 
 FEW = settings(max_examples=40, deadline=None)
+PAGE = PAGES / "mgt.md"
+NAMED = r"(\w[\w ,.-]*?) (\d+\.\d) / (\d\.\d\d)"
 SEED = st.integers(0, 10_000)
 
 
@@ -156,6 +159,26 @@ def test_the_block_in_plain_python(seed):
             assert float(y[t, d]) == pytest.approx(row[d] + beta * (float(raw[t, d]) * open_ - 0.4 * row[d]))
 
 
+class TestClaims:
+    NAMES = ("none", "post", "residual", "gate", "streams", "delta", "signed", "erasing")
+    RANKS = {"none": 1, "post": 2, "residual": 5, "gate": 6, "streams": 4, "delta": 7, "signed": 8, "erasing": 7}
+
+    def failed(self, **ranks: float) -> list[int]:
+        """Places of the claims that fail when the last of three seeds has these ranks."""
+        ends = {name: torch.tensor([rank, rank, ranks.get(name, rank)]).double() for name, rank in self.RANKS.items()}
+        found = mgt._claims(ends, list(self.NAMES))
+        return [place for place, claim in enumerate(found) if not claim.holds]
+
+    def test_each_is_false_when_one_seed_says_otherwise(self):
+        assert self.failed() == []
+        assert self.failed(none=2.6) == [0] and self.failed(none=2.4) == []
+        assert self.failed(post=2.6) == [1] and self.failed(post=2.4) == []
+        assert self.failed(residual=6.1, none=1) == [2]
+        assert self.failed(signed=6.5) == [4] and self.failed(signed=5.5) == [3, 4]
+        assert self.failed(erasing=5.9) == [5]
+        assert self.failed(streams=100) == []
+
+
 class TestLab:
     @pytest.fixture(scope="class")
     def found(self):
@@ -164,6 +187,18 @@ class TestLab:
     def test_every_claim_holds_and_stands_on_the_page(self, found):
         assert found.failed == []
         assert not_on_page("mgt", found, close=0.03) == []
+
+    def test_ranks_and_cosines_that_are_told_are_on_the_page(self, found):
+        told = [(name, *map(float, pair)) for name, *pair in re.findall(NAMED, found.notes[0])]
+        page = [
+            (name, *map(float, pair))
+            for name, *pair in re.findall(NAMED, PAGE.read_text().split("## Measured here")[1])
+        ]
+        assert [numbers for _, *numbers in told] == [pytest.approx(numbers, abs=0.5) for _, *numbers in page]
+        assert len(told) == 8
+        curves = {curve.label: curve.y[-1] for curve in found.panels[0].curves}
+        assert [rank for _, rank, _ in told] == pytest.approx(list(curves.values()), abs=0.06)
+        assert found.notes[1].split()[8] == f"{found.panels[0].curves[0].y[0]:.1f}:"
 
     def test_every_stack_starts_with_the_same_tokens(self, found):
         curves = found.panels[0].curves
