@@ -5,7 +5,6 @@ Every stage but `shape_logits`: it trains with vLLM, too, where nobody may shape
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
@@ -35,6 +34,7 @@ class EveryStage(Plugin):
     @dataclass
     class Config:
         folder: str = setting("", "Where records and tensors are written.")
+        queue: bool = setting(False, "Whether the queue is looked at, which only a training has.")
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -172,13 +172,13 @@ class EveryStage(Plugin):
             run.stop("enough")
 
     def left_behind(self) -> dict[str, Any]:
-        """How many rows were left out so far, and which of them are still in the queue; without one, nothing."""
+        """How many rows were left out so far, and which of them are still in the queue."""
+        if not self.config.queue:
+            return {}
         import transfer_queue as tq  # here: the module itself is imported where verl must not be
 
-        with contextlib.suppress(AssertionError):  # no queue: this is no training
-            kept = set(tq.kv_list("train")["train"]) & set(self.left_out)
-            return {"left_out": len(self.left_out), "kept": sorted(kept)}
-        return {}
+        kept = set(tq.kv_list("train")["train"]) & set(self.left_out)
+        return {"left_out": len(self.left_out), "kept": sorted(kept)}
 
     @hookimpl
     def on_train_end(self, run):

@@ -26,17 +26,12 @@ SPLIT = (
 def split(third_party: Path, out: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Training, list[dict]]:
     """Two updates a step, two actor ranks and two servers beside them; every stage is written down."""
     folder = tmp_path_factory.mktemp("records")
-    written = f"plugins.every_stage.folder={folder}"
-    training = train(
-        "every_stage",
-        out / "separate",
-        *SHORT,
-        MODE,
-        *SPLIT,
+    written = (
+        f"plugins.every_stage.folder={folder}",
+        "plugins.every_stage.queue=true",
         "trainer.total_training_steps=2",
-        written,
-        site=third_party,
     )
+    training = train("every_stage", out / "separate", *SHORT, MODE, *SPLIT, *written, site=third_party)
     lines = [json.loads(line) for file in folder.glob("*.jsonl") for line in file.read_text().splitlines()]
     return training, lines
 
