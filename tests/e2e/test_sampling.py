@@ -364,10 +364,11 @@ class TestActionGrouping:
         assert "nothing to pool" not in judged.log
 
     def test_scores_of_one_answer_are_drawn_together(self, judged: Training) -> None:
+        """Classes of two whose variance is below that of the noise, 68 % of them, get their mean."""
+        classes: dict[tuple[str, str], list[float]] = {}
         for file in (judged.out / "rollouts").glob("*.jsonl"):
-            classes: dict[tuple[str, str], list[float]] = {}
             for row in map(json.loads, file.read_text().splitlines()):
                 classes.setdefault((row["uid"].rsplit("_", 2)[0], row["output"]), []).append(row["score"])
-            spreads = [statistics.variance(scores) for scores in classes.values() if len(scores) > 1]
-            assert len(spreads) >= PROMPTS
-            assert statistics.fmean(spreads) < 0.5 * 0.3**2
+        spreads = [statistics.pvariance(scores) for scores in classes.values() if len(scores) > 1]
+        assert len(spreads) >= PROMPTS
+        assert 0.4 < sum(spread < 1e-10 for spread in spreads) / len(spreads) < 1

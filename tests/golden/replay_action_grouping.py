@@ -22,7 +22,7 @@ def replay(case: Case, expected: dict) -> dict:
     if mode == "select":
         pooled, level = select(scores, parts, prompts, variance)
         return found | {"pooled_scores": pooled, "chosen_level": {uid[row]: int(level[row]) for row in first}}
-    place = classes_of(levels, expected)
+    place = classes_of(levels, uid, expected)
     pooled, share = shrink(scores, parts[place], variance)
     told: dict[str, dict[str, float]] = {}
     for prompt, name, a in zip(uid, levels[place], share.tolist(), strict=True):
@@ -30,8 +30,10 @@ def replay(case: Case, expected: dict) -> dict:
     return found | {"pooled_scores": pooled, "shrinkage": told}
 
 
-def classes_of(levels: list, expected: dict) -> int:
-    """The level that the expected shares name, else the one between singletons and the whole group."""
-    named = {str(name) for shares in expected.get("shrinkage", {}).values() for name in shares}
-    known = [place for place, level in enumerate(levels) if named and named <= set(map(str, level))]
+def classes_of(levels: list, uid: list[str], expected: dict) -> int:
+    """The level that has the classes of the expected shares, else the one between singletons and the whole group."""
+    named = {(prompt, name) for prompt, shares in expected.get("shrinkage", {}).items() for name in shares}
+    known = [
+        place for place, level in enumerate(levels) if named and named <= {*zip(uid, map(str, level), strict=True)}
+    ]
     return known[0] if known else min(1, len(levels) - 1)
