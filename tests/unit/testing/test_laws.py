@@ -79,6 +79,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"config": {"equivalence": "jaccard", "similarity": 0.5, "sigma": 0.5}},
         {"config": {"equivalence": "tool_call"}},
     ],
+    "be_more_active": [
+        {"config": {"slots": ["answer"]}},
+        {"config": {"slots": ["answer", "acc"], "statistic": "log_length", "steps": 2}},
+    ],
     "evol_rl": [
         {"config": {"anchor": "ground_truth", "valid": "answer_extracted"}},
         {"config": {"anchor": "ground_truth", "valid": "answer_extracted", "single_valid": "band", "min_spread": 0.2}},
