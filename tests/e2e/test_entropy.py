@@ -1,4 +1,4 @@
-"""Recipes that change the loss, watch entropy or watch templates train through verl's real trainer, and their metrics look like it."""
+"""Recipes that change the loss, or watch entropy or templates, train through verl's real trainer, as metrics say."""
 
 from __future__ import annotations
 
