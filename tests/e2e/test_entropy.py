@@ -1,16 +1,19 @@
-"""Recipes that change the loss or watch entropy train through verl's real trainer, and their metrics look like it."""
+"""Recipes that change the loss, or watch entropy or templates, train through verl's real trainer, as metrics say."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file
-from training import SHORT, Training, healthy, ours, train
+from training import PROMPTS, SHORT, Training, healthy, ours, train
+from typer.testing import CliRunner
 
+from verl_plugins.commands.cli import app
 from verl_plugins.cpu.demo import validation_accuracy
 
 pytestmark = pytest.mark.e2e
@@ -118,3 +121,37 @@ class TestEpo:
             assert 0 < step["within_band_fraction"] < 0.6
             assert step["phase_weight"] == pytest.approx(1 - 0.2 * (1 - math.exp(-2 * number / 75)))
             assert metrics["plugins/loss_terms/epo_smooth"] == pytest.approx(0.05 * step["penalty"], rel=0.2)
+
+
+class TestBeMoreActive:
+    """Recipe be_more_active beside prompt_augmentation, mode sync: as many prompts as a step has, each asked thrice."""
+
+    def test_draws_of_a_prompt_are_compared(self, out: Path) -> None:
+        folder = out / "be_more_active"
+        folder.mkdir()
+        sums = [(number % 7, number // 3, number % 5) for number in range(PROMPTS)]
+        rows = [{"question": f"{a}+{b}+{c}=", "answer": f"#### {a + b + c}"} for a, b, c in sums]
+        (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        done = CliRunner().invoke(app, ["data", "convert", f"{folder}/sums.jsonl", "--to", f"{folder}/train.parquet"])
+        assert done.exit_code == 0, done.output
+        training = train(
+            "prompt_augmentation+be_more_active",
+            folder / "run",
+            *SHORT,
+            "trainer.total_training_steps=3",
+            f"data.train_files={folder}/train.parquet",
+            f"data.val_files={folder}/train.parquet",
+            f"plugins.prompt_augmentation.templates=[{Path(__file__).parents[2] / 'benchmarks/short_templates.yaml'}]",
+            "plugins.prompt_augmentation.validation=begun",
+            "plugins.be_more_active.statistic=correct",
+        )
+        healthy(training, 3)
+        first, *later = (ours(step, "be_more_active") for step in training.steps)
+        assert first == {"responses": 8 * PROMPTS, "slot/format_name/n_prompts": 0}, "a draw has one template"
+        for number, found in enumerate(later, 2):
+            assert found["responses"] == 8 * PROMPTS * number
+            assert 1 <= found["slot/format_name/n_prompts"] <= PROMPTS
+            assert sum(found[f"slot/format_name/{kind}"] for kind in ("passive", "active", "mixed")) == 1
+            assert 0 < found["slot/format_name/u_mean"] < 1
+            assert 0 <= found["slot/format_name/u_var"] < 0.25
+        assert later[0]["slot/format_name/n_prompts"] <= later[1]["slot/format_name/n_prompts"]

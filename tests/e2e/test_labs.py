@@ -16,6 +16,7 @@ pytestmark = pytest.mark.e2e
 
 COMMAND = Path(sys.executable).with_name("verl-plugins")
 BROKEN = {
+    "action_grouping": ("deviation=0", "the best fixed grouping gets coarser as the noise grows"),
     "beyond_vanilla_vae": ("iterations=2", "squared singular values of U"),
     "mgt": ("layers=1", "a residual stack keeps more than one without skips"),
     "mixup_nc": ("num_classes=2", "they are longer than the straight mix"),

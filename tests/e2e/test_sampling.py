@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -306,3 +307,68 @@ class TestSpoChain:
     def test_sure_tokens_are_not_trained_on(self, both: Training) -> None:
         for step in both.steps:
             assert 0.1 < ours(step, "prob_mask")["masked_out"] < 0.9
+
+
+NOISY = '''
+"""A judge: the verifier's score plus noise, another each time."""
+import numpy as np
+from verl_plugins import Plugin, hookimpl
+from verl_plugins.services import Verdict
+
+class Judge(Plugin):
+    name = "judge"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.rng = np.random.default_rng(0)
+
+    @hookimpl(wrapper=True)
+    def score_answer(self, answer):
+        verdict = yield
+        return Verdict(verdict.score + self.rng.normal(0, 0.3), verdict.correct, verdict.parts)
+'''
+
+
+class TestActionGrouping:
+    """Recipe action_grouping, mode sync, on the scores of a judge with noise of 0.3."""
+
+    @pytest.fixture(scope="class")
+    def judged(self, out: Path) -> Training:
+        site = out / "judge"
+        information = site / "judge-1.0.dist-info"
+        information.mkdir(parents=True)
+        (site / "judge.py").write_text(NOISY)
+        (information / "METADATA").write_text("Metadata-Version: 2.1\nName: judge\nVersion: 1.0\n")
+        (information / "entry_points.txt").write_text("[verl_plugins]\njudge = judge:Judge\n")
+        folder = out / "action_grouping"
+        return train(
+            "action_grouping",
+            folder,
+            *SHORT,
+            "trainer.total_training_steps=3",
+            f"trainer.rollout_data_dir={folder / 'rollouts'}",
+            "plugins.action_grouping.sigma=0.3",
+            "+plugins.judge={}",
+            site=site,
+        )
+
+    def test_trains(self, judged: Training) -> None:
+        healthy(judged, 3)
+        for step in judged.steps:
+            found = ours(step, "action_grouping")
+            assert found["sigma"] == 0.3
+            assert 0.2 < found["alpha_mean"] < 0.9
+            assert 1 < found["n_groups_mean"] < 8
+            assert 0.05 < found["score_var_removed"] < 0.9
+            assert found["equal_classes"] == 0
+        assert "nothing to pool" not in judged.log
+
+    def test_scores_of_one_answer_are_drawn_together(self, judged: Training) -> None:
+        """Classes of two whose variance is below that of the noise, 68 % of them, get their mean."""
+        classes: dict[tuple[str, str], list[float]] = {}
+        for file in (judged.out / "rollouts").glob("*.jsonl"):
+            for row in map(json.loads, file.read_text().splitlines()):
+                classes.setdefault((row["uid"].rsplit("_", 2)[0], row["output"]), []).append(row["score"])
+        spreads = [statistics.pvariance(scores) for scores in classes.values() if len(scores) > 1]
+        assert len(spreads) >= PROMPTS
+        assert 0.4 < sum(spread < 1e-10 for spread in spreads) / len(spreads) < 1

@@ -51,7 +51,8 @@ def whole_scores(case: dict[str, Any]) -> bool:
 def numbered(case: dict[str, Any]) -> bool:
     uid = case["inputs"]["uid"]
     names = list(dict.fromkeys(uid))
-    named = {"uid_order", "pivots_dropped_per_uid"} & case["expected"].keys() or "replay_uid" in case["inputs"]
+    by_uid = {"uid_order", "pivots_dropped_per_uid", "risk", "shrinkage", "residual_share"}
+    named = by_uid & case["expected"].keys() or "replay_uid" in case["inputs"]
     if named or any(str(name).startswith("pad") for name in names):
         return False
     case["inputs"]["uid"] = [900 - names.index(name) for name in uid]
@@ -70,6 +71,8 @@ def wider(case: dict[str, Any]) -> bool:
 
 def padded(case: dict[str, Any]) -> bool:
     names = {part: of_rows(case, part) for part in ("inputs", "expected")}
+    for level in case["inputs"].get("cluster_levels", []):
+        level.insert(0, "new")
     for part in names:
         for name in names[part]:
             first = case[part][name][0]
@@ -84,6 +87,7 @@ def reversed_rows(case: dict[str, Any]) -> bool:
     for part in ("inputs", "expected"):
         for name in of_rows(case, part):
             case[part][name] = case[part][name][::-1]
+    case["inputs"].get("cluster_levels", [])[:] = [of[::-1] for of in case["inputs"].get("cluster_levels", [])]
     nested = any(isinstance(value, dict) for value in case["inputs"].values())
     return not nested and not BY_ROW_ORDER & case["expected"].keys() and "replay_uid" not in case["inputs"]
 

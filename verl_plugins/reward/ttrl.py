@@ -25,11 +25,10 @@ import numpy as np
 import pandas as pd
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
 from verl_plugins import Batch, CompositionError, DataError, Plugin, Prompts, Run, hookimpl, setting
 from verl_plugins.reward.comparer import Comparer
-from verl_plugins.reward.normal_form import normal_form
+from verl_plugins.reward.equivalence import given_answers
 
 NO_VOTE = -1
 COMPARERS = 4
@@ -164,12 +163,7 @@ class Ttrl(Plugin):
 
     def answers(self, batch: Batch) -> np.ndarray:
         """[B] each response's answer in its normal form, "" where there is none."""
-        part = batch.extra(self.config.answer)
-        part = part.tolist() if isinstance(part, Tensor) else part
-        given = pd.Series(part, dtype="string").fillna("").map(normal_form).to_numpy(object)
-        if self.config.missing == "excluded":
-            given[batch.truncated.numpy()] = ""
-        return given
+        return given_answers(batch, self.config.answer, cut_off=self.config.missing == "as_empty_answer")
 
     def votes(self, answers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[B] the number of each answer, NO_VOTE for a missing one without a vote; and the text of each number."""

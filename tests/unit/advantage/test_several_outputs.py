@@ -44,6 +44,8 @@ ESTIMATORS = [
     ("copo", {"gate": "soft", "reward_coefficient": True, "missing": "one_answer"}),
     ("r3", {"rank_set": "all_failed", "r_max": 0.5}),
     ("r3", {"rank_set": "truncated", "ties": "stable"}),
+    ("action_grouping", {"sigma": 0.5}),
+    ("action_grouping", {"mode": "select", "sigma": 0.5}),
     ("ttrl", {"grader": "exact"}),
     ("ttrl", {"grader": "exact", "missing": "as_empty_answer"}),
 ]
@@ -104,7 +106,7 @@ def estimate(name: str, options: dict[str, Any], batch: Batch) -> tuple[dict[str
     """What each session gets, by its name, from the stage that the plugin has; and what is logged."""
     plugins = manager.build({name: options} if name == "grpo" else {name: options, "grpo": {}})
     run = FakeRun(config=OmegaConf.create({"actor_rollout_ref": {"rollout": {"n": 4}}}))
-    if name == "ttrl":
+    if name in ("ttrl", "action_grouping"):
         batch.correct  # noqa: B018  the verdict is what the verifier said
         plugins.hook.shape_rewards(run=run, batch=batch)
         given = batch.scores
@@ -125,7 +127,7 @@ def test_earlier_outputs_change_nothing(name, options, noise):
     found, metrics = estimate(name, options, batch_of(OUTPUTS, noise))
     assert found == pytest.approx(given, abs=1e-6)
     assert any(given.values())
-    if name in ("a_grae", "bnpo", "ttrl", "riskpo", "igpo"):  # others average over rows
+    if name in ("a_grae", "bnpo", "ttrl", "action_grouping", "riskpo", "igpo"):  # others average over rows
         assert metrics == pytest.approx(logged, abs=1e-6)
 
 

@@ -73,6 +73,16 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "vade": [{}, {"config": {"mode": "greedy", "score": "variance"}}, {"config": {"metric": "acc"}}],
     "reasoning_gym": [{"scenario": OF_THE_GYM}],
+    "action_grouping": [
+        {},
+        {"config": {"mode": "select", "sigma": 0.5, "group_missing": True}},
+        {"config": {"equivalence": "jaccard", "similarity": 0.5, "sigma": 0.5}},
+        {"config": {"equivalence": "tool_call"}},
+    ],
+    "be_more_active": [
+        {"config": {"slots": ["answer"]}},
+        {"config": {"slots": ["answer", "acc"], "statistic": "log_length", "steps": 2}},
+    ],
     "evol_rl": [
         {"config": {"anchor": "ground_truth", "valid": "answer_extracted"}},
         {"config": {"anchor": "ground_truth", "valid": "answer_extracted", "single_valid": "band", "min_spread": 0.2}},
