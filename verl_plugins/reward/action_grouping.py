@@ -129,7 +129,7 @@ class ActionGrouping(Plugin):
         rows, group = len(batch), batch.groups.index.numpy()
         codes = self._codes(batch)
         alone = (codes < 0) & (not self.config.group_missing)
-        return group * (2 * rows + 1) + np.where(alone, rows + np.arange(rows), codes) + 1
+        return group * (2 * rows + 1) + np.where(alone, rows + np.arange(rows), codes)
 
     def _codes(self, batch: Batch) -> np.ndarray:
         """[B] the number of each response's answer, call or chain, below the number of rows; -1 for none."""
