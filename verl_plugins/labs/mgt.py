@@ -54,7 +54,7 @@ def gated(x: Tensor, raw: Tensor, weight: Tensor, eps: float = 1e-5) -> tuple[Te
     return gate, raw * gate
 
 
-def signed_beta(x: Tensor, weight: Tensor, scale: float = 1.0, bias: float | Tensor = 0.0) -> Tensor:
+def signed_beta(x: Tensor, weight: Tensor, scale: float, bias: float | Tensor = 0.0) -> Tensor:
     """beta [tokens, d], between -scale and scale."""
     return scale * torch.tanh(x @ weight.T + bias)
 
