@@ -156,6 +156,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         },
         {"config": {"smooth_form": "mask_pg", "max_ratio": 1.2, "schedule": "exp"}},
     ],
+    "nrr_core": [
+        {"config": {"initial_coeff": 0.01, "kappa": 1e-3}},
+        {"config": {"initial_coeff": 0.01, "kappa": 1e-3, "reference": "ema", "missing": "drop"}},
+    ],
     "r3": [
         {"scenario": SECOND_EPOCH},
         {"scenario": SECOND_EPOCH, "config": {"old_log_probs": "stored", "rank_set": "all_failed", "alpha": 2.0}},
