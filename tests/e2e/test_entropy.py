@@ -155,3 +155,36 @@ class TestBeMoreActive:
             assert 0 < found["slot/format_name/u_mean"] < 1
             assert 0 <= found["slot/format_name/u_var"] < 0.25
         assert later[0]["slot/format_name/n_prompts"] <= later[1]["slot/format_name/n_prompts"]
+
+
+class TestNrrCore:
+    """Recipes nrr_core and clip_cov combined, and steer around the policy loss, two updates a step."""
+
+    def test_trains(self, out: Path) -> None:
+        training = train(
+            "nrr_core+clip_cov",
+            out / "nrr_core",
+            *SHORT,
+            "trainer.total_training_steps=3",
+            "trainer.save_freq=3",
+            "actor_rollout_ref.actor.ppo_mini_batch_size=8",
+            "actor_rollout_ref.actor.optim.lr=3e-4",
+            "plugins.nrr_core.initial_coeff=0.01",
+            "+plugins.steer={}",
+            "plugins.clip_cov.clip_cov_ratio=0.05",
+        )
+        healthy(training, 3)
+        coefficient, before = 0.01, None
+        for step in training.steps:
+            found, entropy = ours(step, "nrr_core"), step["actor/entropy"]
+            if before is not None:
+                gap = before - 0.02 - entropy
+                coefficient = min(max(coefficient + 0.05 * gap, 0), 0.02)
+                assert found["violation"] == pytest.approx(max(gap, 0), abs=1e-4)
+            assert found["entropy_coeff"] == pytest.approx(coefficient, abs=1e-5)
+            assert found["reference"] == pytest.approx(entropy if before is None else before, abs=1e-4)
+            if coefficient > 1e-4:
+                # The bonus is minus c times the mean entropy while it trains, which is near that before.
+                assert step["plugins/loss_terms/nrr_entropy"] == pytest.approx(-coefficient * entropy, rel=0.5)
+            assert 0 < found["answer_bits_norm"] == pytest.approx(found["answer_bits"] / 3) < 1
+            before = entropy

@@ -21,6 +21,7 @@ BROKEN = {
     "mgt": ("layers=1", "a residual stack keeps more than one without skips"),
     "mixup_nc": ("num_classes=2", "they are longer than the straight mix"),
     "nc_deep_linear": ("iterations=3", "no descent ends below the formula's objective"),
+    "nrr_core": ("zero_padding=true", "NRR-lite keeps more bits"),
     "posterior_collapse_attack": ("training_steps=20", "the attack harms the reconstruction"),
 }
 """A setting with which a claim of each lab fails, and the claim."""

@@ -7,6 +7,7 @@ import json
 import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 from training import PROMPTS, ROWS_OF_DATASET, SHORT, Training, healthy, ours, train
@@ -41,6 +42,43 @@ class TestMopps:
         prompts = [prompt_id for prompt_id, _, _ in training.draws()]
         assert len(prompts) == len(set(prompts)) == 2 * PROMPTS
         assert {prompt_id % 2 for prompt_id in prompts} == {0}
+
+
+class TestPortfolioMixture:
+    """Recipe portfolio_mixture, mode colocate_async: the four levels of the task as sources."""
+
+    def test_trains(self, out: Path) -> None:
+        folder = out / "portfolio_mixture"
+        training = train(
+            "portfolio_mixture",
+            folder,
+            *SHORT,
+            "trainer.v1.trainer_mode=colocate_async",
+            "trainer.total_training_steps=3",
+            "trainer.save_freq=3",
+            f"trainer.rollout_data_dir={folder / 'rollouts'}",
+            "plugins.portfolio_mixture.column=level",
+            "plugins.portfolio_mixture.scale=4",
+        )
+        healthy(training, 3, on_policy=False)
+        wealth = np.zeros(4)
+        for step in training.steps:
+            found = ours(step, "portfolio_mixture")
+            weights = [found[f"weight_{level}"] for level in range(4)]
+            assert sum(weights) == pytest.approx(1)
+            assert min(weights) >= 0.02
+            assert sum(found[f"prompts_{level}"] for level in range(4)) == PROMPTS
+            seen = [level for level in range(4) if f"utility_{level}" in found]
+            utility = np.array([found[f"utility_{level}"] for level in seen])
+            assert utility.min() >= 0 and utility.max() < 1.1 and utility.std() > 0
+            wealth[seen] += 4 * (utility - utility.mean())
+            assert [found[f"log_wealth_{level}"] for level in range(4)] == pytest.approx(wealth)
+        assert ours(training.steps[0], "portfolio_mixture")["weight_0"] == pytest.approx(0.25)
+        prompts = [prompt_id for prompt_id, _, _ in training.draws()]
+        assert len(prompts) == len(set(prompts)) == 3 * PROMPTS
+        arrays = load_file(folder / "global_step_3/plugins/arrays.safetensors")
+        assert arrays["driver/portfolio_mixture/log_wealth"].tolist() == pytest.approx(wealth.tolist())
+        assert int(arrays["driver/portfolio_mixture/asked"].sum()) >= 3 * PROMPTS
 
 
 class TestColocateAsync:

@@ -50,6 +50,7 @@ OF_THE_GYM = Scenario(
         }
     }
 )
+OF_SOURCES = Scenario(columns={"data_source": lambda prompt_id: "abc"[prompt_id % 3]})
 SHORT_ANSWERS = Scenario(tokens=7)
 SECOND_EPOCH = Scenario(overrides={"data.train_batch_size": 48}, seed=5)
 """Every step is an epoch of its own, so that prompts are reflected on; with this seed answers are replayed, too."""
@@ -118,6 +119,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         },
     ],
     "mopps": [{}, {"config": {"strategy": "threshold", "pool_ratio": 2, "decay": 0.5}}, {"config": {"metric": "acc"}}],
+    "portfolio_mixture": [
+        {"scenario": OF_SOURCES},
+        {"scenario": OF_SOURCES, "config": {"mode": "eg", "utility": "mixed_groups", "scale": 3.0}},
+        {"scenario": OF_SOURCES, "config": {"mode": "wealth", "utility": "accuracy_change", "forgetting": 0.9}},
+        {"scenario": OF_SOURCES, "config": {"mode": "hierarchical", "groups": [["a", "c"], ["b"]]}},
+    ],
     "clip_cov": [
         {
             "config": {"clip_cov_ratio": 0.1, "clip_cov_lb": 0.01},
@@ -158,6 +165,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
             "except_for": {"gradient.loss_terms": "the authors' form has no gradient"},
         },
         {"config": {"smooth_form": "mask_pg", "max_ratio": 1.2, "schedule": "exp"}},
+    ],
+    "nrr_core": [
+        {"config": {"initial_coeff": 0.01, "kappa": 1e-3}},
+        {"config": {"initial_coeff": 0.01, "kappa": 1e-3, "reference": "ema", "missing": "drop"}},
     ],
     "r3": [
         {"scenario": SECOND_EPOCH},
