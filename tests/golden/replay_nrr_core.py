@@ -33,8 +33,11 @@ def controller(case: Case) -> dict:
 
 
 def answers(case: Case) -> dict:
-    group, names = pd.factorize(np.array([str(name) for name in case.input("uid")], dtype=object))
-    given = pd.Series(case.input("answers"), dtype=object).map(lambda answer: answer if answer is None else str(answer))
+    """Of real rows; those that verl made up are called `pad…`."""
+    uid = np.array([str(name) for name in case.input("uid")], dtype=object)
+    real = np.array([not name.startswith("pad") for name in uid], dtype=bool)
+    group, names = pd.factorize(uid[real])
+    given = pd.Series(case.input("answers"), dtype=object)[real].map(lambda answer: answer if answer is None else str(answer))
     codes = pd.factorize(given)[0]
     found, normalised = answer_entropy(group, codes, len(names), case.param("missing", USUAL.missing))
     return {

@@ -51,7 +51,7 @@ def whole_scores(case: dict[str, Any]) -> bool:
 def numbered(case: dict[str, Any]) -> bool:
     uid = case["inputs"]["uid"]
     names = list(dict.fromkeys(uid))
-    by_uid = {"uid_order", "pivots_dropped_per_uid", "risk", "shrinkage", "residual_share"}
+    by_uid = {"uid_order", "pivots_dropped_per_uid", "risk", "shrinkage", "residual_share", "bits"}
     named = by_uid & case["expected"].keys() or "replay_uid" in case["inputs"]
     if named or any(str(name).startswith("pad") for name in names):
         return False
