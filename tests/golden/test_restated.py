@@ -51,7 +51,7 @@ def whole_scores(case: dict[str, Any]) -> bool:
 def numbered(case: dict[str, Any]) -> bool:
     uid = case["inputs"]["uid"]
     names = list(dict.fromkeys(uid))
-    named = {"uid_order", "pivots_dropped_per_uid"} & case["expected"].keys() or "replay_uid" in case["inputs"]
+    named = {"uid_order", "pivots_dropped_per_uid", "bits"} & case["expected"].keys() or "replay_uid" in case["inputs"]
     if named or any(str(name).startswith("pad") for name in names):
         return False
     case["inputs"]["uid"] = [900 - names.index(name) for name in uid]
