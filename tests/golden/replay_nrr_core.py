@@ -33,12 +33,11 @@ def controller(case: Case) -> dict:
 
 
 def answers(case: Case) -> dict:
-    """Of real rows; those that verl made up are called `pad…`."""
-    uid = np.array([str(name) for name in case.input("uid")], dtype=object)
-    real = np.array([not name.startswith("pad") for name in uid], dtype=bool)
+    uid, given = np.array([str(name) for name in case.input("uid")], dtype=object), case.input("answers")
+    real = [not name.startswith("pad") for name in uid]  # as in training, where padding rows are not in the batch
     group, names = pd.factorize(uid[real])
-    given = pd.Series(case.input("answers"), dtype=object)[real].map(lambda answer: answer if answer is None else str(answer))
-    codes = pd.factorize(given)[0]
+    texts = pd.Series(given, dtype=object).map(lambda answer: answer if answer is None else str(answer))
+    codes = pd.factorize(texts[real])[0]
     found, normalised = answer_entropy(group, codes, len(names), case.param("missing", USUAL.missing))
     return {
         "bits": dict(zip(names, found.tolist(), strict=True)),
