@@ -68,13 +68,13 @@ def classify(u: np.ndarray, var_threshold: float, mean_error_range: float) -> Ki
 
 def residual_share(statistic: Tensor, slot: Sequence[Any], prompts: Groups) -> tuple[Tensor, Tensor]:
     """[B] statistic of responses, values of the slot, prompts -> [G] u_p, and [G] bool which prompts are evidence."""
-    values = torch.from_numpy(pd.factorize(np.asarray(slot, dtype=object))[0])
-    parts = Groups(prompts.index * (len(values) + 1) + values)
+    pairs = np.stack([prompts.index.numpy(), pd.factorize(np.asarray(slot, dtype=object))[0]], 1)
+    parts = Groups(np.unique(pairs, axis=0, return_inverse=True)[1].ravel())
     y = statistic.double()
     within, total = (prompts.sum((y - of.mean(y)).square()) for of in (parts, prompts))
     count, kinds = prompts.count(), prompts.sum(parts.first(torch.ones(len(y))).long())
-    share = (within / (count - kinds).clamp(min=1)) / (total / (count - 1).clamp(min=1)).clamp(min=NO_SPREAD / 1e9)
     evidence = (total > NO_SPREAD) & (kinds >= 2) & (count > kinds)
+    share = torch.where(evidence, (within / (count - kinds)) / (total / (count - 1)), 1.0)
     return prompts.per_group(share.clamp(max=1)), prompts.per_group(evidence)
 
 
@@ -119,7 +119,7 @@ class BeMoreActive(Plugin):
             values = full.extra(slot)
             new[SLOT + slot] = list(map(str, values.tolist() if isinstance(values, Tensor) else values))
         kept = self._rows[self._rows["step"] > run.step - self.config.steps]
-        self._rows = pd.concat([kept, new[full.is_last.numpy()]], ignore_index=True)
+        self._rows = pd.concat([kept, new[full.is_last.numpy()]])
         run.log({"responses": len(self._rows)})
         for slot in slots:
             run.log({f"slot/{slot}/{what}": value for what, value in self._measured(slot).items()})

@@ -126,13 +126,14 @@ class ActionGrouping(Plugin):
 
     def labels(self, batch: Batch) -> np.ndarray:
         """[B] the number of the class of each response, within its prompt."""
-        rows, group = len(batch), batch.groups.index.numpy()
         codes = self._codes(batch)
         alone = (codes < 0) & (not self.config.group_missing)
-        return group * (2 * rows + 1) + np.where(alone, rows + np.arange(rows), codes)
+        own = np.where(alone, -2 - np.arange(len(batch)), codes)
+        pairs = np.stack([batch.groups.index.numpy(), own], 1)
+        return np.unique(pairs, axis=0, return_inverse=True)[1].ravel()
 
     def _codes(self, batch: Batch) -> np.ndarray:
-        """[B] the number of each response's answer, call or chain, below the number of rows; -1 for none."""
+        """[B] the number of each response's answer, call or chain; -1 for none."""
         if self.config.equivalence == "tool_call":
             return _numbered(tool_calls(batch.text))
         if self.config.equivalence == "answer":
@@ -141,8 +142,7 @@ class ActionGrouping(Plugin):
             except DataError:
                 self._say_no_answers()
         counted = batch.response_mask & batch.is_last[:, None]
-        found = chained(batch.responses, counted, batch.groups, self.config.similarity).numpy()
-        return pd.factorize(np.where(found < 0, None, found))[0]
+        return chained(batch.responses, counted, batch.groups, self.config.similarity).numpy()
 
     def _say_no_answers(self) -> None:
         if not self._no_answers:

@@ -71,14 +71,14 @@ def chained(tokens: Tensor, mask: Tensor, groups: Groups, least: float) -> Tenso
     kinds, kind = torch.unique(torch.stack([groups.index[row], tokens[row, at]], 1), dim=0, return_inverse=True)
     start = torch.searchsorted(kinds[:, 0].contiguous(), torch.arange(len(groups)))
     column = kind - start[groups.index[row]]
-    rows, columns = (int(values.max()) + 1 if len(values) else 0 for values in (place, column))
+    rows, columns = (int(values.max()) + 1 if len(values) else 1 for values in (place, column))
     has = torch.zeros(len(groups), rows, columns)
     has[groups.index[row], place[row], column] = 1
     size, common = has.sum(2), has @ has.mT
     joined = common + ROUNDING >= least * (size[:, :, None] + size[:, None, :] - common)
-    joined &= (size[:, :, None] > 0) & (size[:, None, :] > 0)
+    joined &= size[:, :, None] > 0
     for _ in range(math.ceil(math.log2(max(rows, 2)))):
         joined = (joined.float() @ joined.float()) > 0
-    first = torch.where(joined, torch.arange(rows), rows).amin(2) if rows else joined.new_zeros(0, 0)
+    first = torch.where(joined, torch.arange(rows), rows).amin(2)
     label = torch.arange(len(groups))[:, None] * rows + first
     return torch.where(mask.any(1), label[groups.index, place], -1)

@@ -238,6 +238,16 @@ class TestMetrics:
         assert found == [0.5, 0.25, 0.25]
         assert "alpha_mean" not in run.metrics
 
+    def test_small_scores_that_all_become_one(self):
+        run = FakeRun()
+        pooled_by(method(mode="select", sigma=1.0), scored([[("1", 0.0), ("2", 0.1)], [("1", 0.5)]]), run)
+        assert run.metrics["score_var_removed"] == pytest.approx(1)
+
+    def test_variance_is_of_sessions(self):
+        run, group = FakeRun(), [("1", 0.0), ("9", 50.0), ("1", 1.0), ("2", 2.0)]
+        pooled_by(method(sigma=10.0), scored([group], session=[0, 1, 1, 2], turn=[0, 0, 1, 0]), run)
+        assert run.metrics["score_var_removed"] == pytest.approx(1 - 1.5 / 2)
+
     def test_what_is_undefined_is_left_out(self):
         run = FakeRun()
         pooled_by(method(), scored([[("1", 0.5), ("2", 0.5)]]), run)
@@ -266,6 +276,9 @@ class TestWarnings:
         steps = [self.EQUAL, self.NOISY, self.EQUAL, self.ALONE, self.EQUAL, self.EQUAL, self.EQUAL]
         assert self.warned(caplog, method(warn_after=3), *steps) == [6]
         assert "3 steps" in caplog.text or not caplog.records
+
+    def test_after_one_step(self, caplog):
+        assert self.warned(caplog, method(warn_after=1), self.EQUAL, self.EQUAL) == [1]
 
     def test_never(self, caplog):
         assert self.warned(caplog, method(warn_after=0), *[self.EQUAL] * 9) == []
