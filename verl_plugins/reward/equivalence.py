@@ -76,7 +76,6 @@ def chained(tokens: Tensor, mask: Tensor, groups: Groups, least: float) -> Tenso
     has[groups.index[row], place[row], column] = 1
     size, common = has.sum(2), has @ has.mT
     joined = common + ROUNDING >= least * (size[:, :, None] + size[:, None, :] - common)
-    joined &= size[:, :, None] > 0
     for _ in range(math.ceil(math.log2(max(rows, 2)))):
         joined = (joined.float() @ joined.float()) > 0
     first = torch.where(joined, torch.arange(rows), rows).amin(2)
