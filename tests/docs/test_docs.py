@@ -32,7 +32,12 @@ PLUGINS = {plugin.name: plugin for plugin in manifest.manifests(OURS)}
 RECIPES = {item.name: item for item in recipe.recipes(manifest.folders(OURS))}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+LABS = sorted(name for name, item in RECIPES.items() if item.lab)
+TRAINING = sorted(name for name, item in RECIPES.items() if item.kind == "training")
+
 each_recipe = pytest.mark.parametrize("name", sorted(RECIPES))
+each_training = pytest.mark.parametrize("name", TRAINING)
+each_lab = pytest.mark.parametrize("name", LABS)
 
 
 def page_of(name: str) -> str:
@@ -87,14 +92,21 @@ def test_recipes_are_in_the_readme_with_paper_and_stages(name):
         assert f"`{stage}`" in row
 
 
-@each_recipe
+@each_training
 def test_pages_name_every_setting_with_its_default(name):
-    rows = {
-        match[1]: match[2]
-        for match in re.finditer(rf"^\| `plugins\.{name}\.(\w+)` \| (.*?) \|", page_of(name), re.MULTILINE)
-    }
-    assert rows.keys() == PLUGINS[name].defaults.keys()
-    for setting, default in PLUGINS[name].defaults.items():
+    has_defaults(page_of(name), rf"plugins\.{name}\.(\w+)", PLUGINS[name].defaults)
+
+
+@each_lab
+def test_pages_name_every_setting_of_the_lab_with_its_default(name):
+    settings = manifest.lab_settings(RECIPES[name].lab)
+    has_defaults(page_of(name), r"--set (\w+)=", {setting.name: setting.default for setting in settings})
+
+
+def has_defaults(page, form, defaults):
+    rows = {match[1]: match[2] for match in re.finditer(rf"^\| `{form}` \| (.*?) \|", page, re.MULTILINE)}
+    assert rows.keys() == defaults.keys()
+    for setting, default in defaults.items():
         shown = rows[setting].strip("`")
         if isinstance(default, (list, tuple)):
             assert shown == f"[{', '.join(default)}]"
@@ -104,7 +116,20 @@ def test_pages_name_every_setting_with_its_default(name):
             assert float(shown) == default
 
 
-@each_recipe
+@pytest.mark.parametrize("name", [name for name in LABS if name not in TRAINING])
+def test_a_page_says_first_that_it_is_a_lab(name):
+    first, second = (line for line in page_of(name).splitlines()[:3] if line)
+    assert first.endswith("a lab, which trains nothing")
+    assert second.startswith("**This is a lab: it does not train a policy, and ")
+
+
+@each_lab
+def test_pages_of_labs_say_how_to_run_them_and_which_claims_they_make(name):
+    assert f"verl-plugins lab {name}" in page_of(name)
+    assert "| claim | whose | expected | measured here |" in page_of(name)
+
+
+@each_training
 def test_pages_list_the_metrics_the_plugin_logs(name):
     listed = re.findall(r"^\|((?: ?`\w+`,?)+) \|", section(page_of(name), "Metrics"), re.MULTILINE)
     named = set(re.findall(r"`(\w+)`", " ".join(listed)))
@@ -145,7 +170,10 @@ def test_numbers_that_the_list_gives_are_on_the_page(name):
 @each_recipe
 def test_pages_keep_the_papers_figures_apart_from_measurements(name):
     headings = re.findall(r"^## (.+)$", page_of(name), re.MULTILINE)
-    for heading in ("Idea", "Settings", "What it needs", "Run and combine", "Caveats", "Metrics", "Links"):
+    training = (
+        ("What it needs", "Run and combine", "Metrics") if name in TRAINING else ("Run", "Why it is no method of RL")
+    )
+    for heading in ("Idea", "Settings", "Caveats", "Links", *training):
         assert heading in headings
     assert headings.index("Measured here") == headings.index("What the paper reports") + 1
 
@@ -255,6 +283,8 @@ def test_commands_in_the_docs_name_installed_recipes_and_presets():
     presets = {preset.name for preset in recipe.presets(manifest.folders(OURS))}
     known = RECIPES.keys() | {"rank_advantage", "my_method", "RECIPE[+RECIPE…]"}
     for page in PAGES:
+        labs = re.findall(r"verl-plugins lab (\w+)", page.read_text())
+        assert {name for name in labs if name != "NAME"} <= {*LABS}
         for line in re.findall(r"verl-plugins run (.+)", page.read_text()):
             words = line.split()
             assert words[0] in known or set(words[0].split("+")) <= known or words[0].startswith("`"), line

@@ -78,7 +78,9 @@ def left_out(source: str) -> list[tuple[int, int]]:
     for node in ast.walk(ast.parse(source)):
         parts: list[Any] = [getattr(node, name, None) for name in ("annotation", "returns")]
         parts += getattr(node, "decorator_list", [])
-        if isinstance(node, ast.Raise) or (isinstance(node, ast.ClassDef) and node.name == "Config"):
+        settings = isinstance(node, ast.ClassDef) and node.name in ("Config", "Settings")
+        said = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "progress"
+        if isinstance(node, ast.Raise) or settings or said:
             parts.append(node)
         spans += [((p.lineno, p.col_offset), (p.end_lineno, p.end_col_offset)) for p in parts if p]
     return spans
@@ -227,7 +229,7 @@ def try_file(name: str, sample: int | None, seed: int, again: bool) -> Counter:
     """Tries the changes of one file that have not been tried, or those that survived; prints what survives."""
     file, entry = Path(name), CONFIG["files"][name]
     source = (ROOT / file).read_text(encoding="utf-8")
-    record = RESULTS / f"{file.stem}.json"
+    record = RESULTS / f"{'lab_' if file.parent.name == 'labs' else ''}{file.stem}.json"
     known = json.loads(record.read_text()) if record.is_file() else {}
     found = [mutant for mutant in mutants(source) if not is_none(name, mutant)]
     picked = random.Random(seed).sample(found, len(found))[:sample]

@@ -204,6 +204,20 @@ def study(
 
 
 @app.command()
+def lab(
+    name: Annotated[str, typer.Argument(help="A recipe that has a lab: `list` names them.")],
+    given: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the lab; may be repeated."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
+    out: Annotated[Optional[Path], typer.Option(help="Folder for NAME.png and NAME.json.")] = None,  # noqa: UP045
+) -> None:
+    """Measure a paper's own claim on this CPU, without training a policy: 1 if a claim does not hold."""
+    _start("verl_plugins.commands.lab:lab", name, given or (), seed=seed, out=out)
+
+
+@app.command()
 def score(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Answers, as .jsonl, .json or .parquet, or a dump.")],
     text: Annotated[Optional[str], typer.Option(metavar="COLUMN", help="The responses.")] = None,  # noqa: UP045

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict
 from typing import Any
 
-from verl_plugins.composition.manifest import Folder, Manifest, Setting
+from verl_plugins.composition.manifest import Folder, Manifest, Setting, lab_settings
 from verl_plugins.composition.recipe import Preset, Recipe, combine, leaves
-from verl_plugins.errors import CompositionError, nearest
+from verl_plugins.errors import CompositionError, nearest, printable
 
 OWN_DISTRIBUTION = "verl-plugins"
 PROBLEMS = ("baseline", "dead groups", "noisy advantages", "entropy collapse", "exploration", "length", "credit")
-PROBLEMS += ("label-free", "stability", "asynchrony", "diagnosis")
+PROBLEMS += ("label-free", "stability", "asynchrony", "diagnosis", "a claim measured outside RL")
 """The order in which `list` shows problems; others come after them, recipes that name none at the end."""
 OTHER = "other"
 _BOUND = {"ge": "≥ {}", "gt": "> {}", "le": "≤ {}", "lt": "< {}", "choices": "{}"}
@@ -42,6 +42,8 @@ def _recipe_row(item: Recipe, fault: str) -> dict[str, Any]:
         "paper": f"arXiv:{item.arxiv}" if item.arxiv else "",
         "stages": item.stages,
         "plugins": list(item.plugins),
+        "kind": item.kind,
+        "lab": item.lab,
         "distribution": item.distribution,
         "status": _line(fault or item.status),
     }
@@ -70,10 +72,10 @@ def print_choice(data: dict[str, list[dict[str, Any]]]) -> None:
         groups.setdefault(row["problem"], []).append(row)
     ordered = [*PROBLEMS, *sorted(groups.keys() - {*PROBLEMS, OTHER}), OTHER]
     _choice([(problem, groups[problem]) for problem in ordered if problem in groups])
-    presets = ", ".join(row["name"] for row in data["presets"])
-    print(
-        f"presets: {presets}\nverl-plugins show RECIPE says more, list --long has papers, stages, plugins and presets"
-    )
+    print(f"presets: {', '.join(row['name'] for row in data['presets'])}")
+    if labs := ", ".join(row["name"] for row in data["recipes"] if row["lab"]):
+        print(f"labs, a paper's own claim measured by verl-plugins lab NAME: {labs}")
+    print("verl-plugins show RECIPE says more, list --long has papers, stages, plugins and presets")
     _print_broken(data)
 
 
@@ -148,6 +150,8 @@ def plain(item: Recipe | Preset | Manifest, items: Sequence[Recipe | Preset | Ma
     """An item as data for `--json`; a plugin's settings with what the recipes among the items set."""
     data = asdict(item)
     data["kind"] = {Recipe: "recipe", Preset: "preset", Manifest: "plugin"}[type(item)]
+    if isinstance(item, Recipe):
+        data["trains"] = item.kind != "lab"
     if isinstance(item, Manifest):
         data["needs"] = sorted(item.needs)
         data["settings"] = _settings(item, given(item, items))
@@ -167,6 +171,8 @@ def _print_file(item: Recipe | Preset) -> None:
         about = {"paper": f"arXiv:{item.arxiv}" if item.arxiv else "", "stages": ", ".join(item.stages)}
         about |= {"plugins": ", ".join(item.plugins), "the paper reports": item.results}
         about |= {"treats": item.problem, "measured here": item.status}
+        about |= {"its lab": f"verl-plugins lab {item.name}" if item.lab else ""}
+        about |= {"trains": "" if item.kind == "training" else "nothing: it is a lab"}
         own = item.distribution == OWN_DISTRIBUTION
         about |= {"page": f"docs/recipes/{item.name}.md" if own else "", "file": str(item.file)}
     else:
@@ -176,8 +182,20 @@ def _print_file(item: Recipe | Preset) -> None:
     _pairs(about)
     if isinstance(item, Recipe) and item.authors:
         _table("authors' settings", ["what", "value"], [{"what": k, "value": v} for k, v in item.authors.items()])
+    if isinstance(item, Recipe) and item.lab:
+        _print_lab(item)
     rows = [{"key": key, "value": value} for key, value in _flat(item.overrides)]
     _table("verl settings", ["key", "value"], rows)
+
+
+def _print_lab(item: Recipe) -> None:
+    try:
+        rows = [_row(setting) for setting in lab_settings(item.lab)]
+    except CompositionError as error:
+        print(f"  broken: {printable(error)}")
+        return
+    rows = [{**row, "setting": f"--set {row['setting']}="} for row in rows]
+    _table("settings of the lab", ["setting", "default", "authors", "accepts", "doc"], rows)
 
 
 def _print_plugin(item: Manifest, given: Mapping[str, Any] | None) -> None:
@@ -245,7 +263,7 @@ def _choice(groups: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("recipe", no_wrap=True)
     table.add_column("what it does")
-    table.add_column("measured (ours: preset cpu, three seeds)")
+    table.add_column("measured (ours: preset cpu, three seeds; labs: seed 0)")
     for problem, rows in groups:
         table.add_row(Text(problem, style="bold"))
         for row in rows:

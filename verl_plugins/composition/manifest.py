@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from verl_plugins.composition.source import NotLiteral, class_source, missing_import
+from verl_plugins.composition.source import Field, NotLiteral, class_source, fields_of_parameter, missing_import
 from verl_plugins.errors import CompositionError, nearest
 from verl_plugins.hookspecs import API_VERSION, FIRST_RESULT, PROJECT, STAGES
 from verl_plugins.plugin import Plugin
@@ -176,21 +176,41 @@ def describe(entry: EntryPoint) -> Manifest:
         return Manifest(**_owned(entry), broken=_cause(error))
 
 
+def lab_settings(target: str) -> tuple[Setting, ...]:
+    """Settings of a lab, `module:function`, as its source says them.
+
+    Raises:
+        CompositionError: they cannot be read.
+    """
+    module, _, function = target.partition(":")
+    try:
+        return settings(fields_of_parameter(locate(module), function, "settings"))
+    except (NotLiteral, OSError, SyntaxError, LookupError, ValueError, ImportError) as error:
+        raise CompositionError(f"the settings of {target} cannot be read: {_cause(error)}") from error
+
+
 def from_class(cls: type, owned: dict[str, str]) -> Manifest:
     """The manifest of an imported plugin class."""
     found = [(name, getattr(member, f"{PROJECT}_impl", None)) for name, member in inspect.getmembers(cls)]
     hooks = [_hook(options.get("specname") or name, options) for name, options in found if options]
-    settings = tuple(
-        Setting(item.name, _type_text(item.type), item.default, **_metadata(dict(item.metadata)))
-        for item in fields(cls.Config)
-    )
     return _manifest(
         owned,
         doc=inspect.getdoc(inspect.getmodule(cls)) or cls.__doc__ or "",
         attributes={key: getattr(cls, key) for key in _ATTRIBUTES if hasattr(cls, key)},
         hooks=hooks,
-        settings=settings,
+        settings=settings_of(cls.Config),
     )
+
+
+def settings(found: Iterable[Field]) -> tuple[Setting, ...]:
+    """Settings as the source says them."""
+    return tuple(Setting(name, type_, default, **_metadata(said)) for name, type_, default, said in found)
+
+
+def settings_of(config_class: type) -> tuple[Setting, ...]:
+    """Settings of an imported dataclass."""
+    found = [(item.name, _type_text(item.type), item.default, dict(item.metadata)) for item in fields(config_class)]
+    return settings(found)
 
 
 _ATTRIBUTES = ("name", "paper", "version", "api", "verl", "needs")
@@ -200,16 +220,12 @@ def _from_source(entry: EntryPoint) -> Manifest:
     source = class_source(locate(entry.module), entry.attr)
     if cause := missing_import(source.module):
         return Manifest(**_owned(entry), broken=cause)
-    settings = tuple(
-        Setting(name, annotation, default, **_metadata(metadata))
-        for name, annotation, default, metadata in source.settings()
-    )
     return _manifest(
         _owned(entry),
         doc=source.doc,
         attributes=source.attributes(_ATTRIBUTES),
         hooks=[_hook(name, options) for name, options in source.hooks()],
-        settings=settings,
+        settings=settings(source.settings()),
     )
 
 

@@ -3,6 +3,8 @@
 A recipe has the root keys `recipe` (what it is), `plugins` (what it switches on) and verl overrides, nested as in
 verl's configuration. A preset (in the folder `presets` beside the recipes) has `preset` instead of `recipe`, and may
 have a section `cpu` of its own. A key written `+key` is added where verl's configuration does not have it.
+
+A recipe may name a lab (`verl_plugins.lab`); one of the kind `lab` has nothing else and cannot be trained with.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from verl_plugins.errors import CompositionError, nearest
 from verl_plugins.hookspecs import STAGES
 
 RECIPE_KEYS = ("title", "problem", "does", "arxiv", "summary", "stages", "results", "status", "authors")
+RECIPE_KEYS += ("kind", "lab")
+KINDS = ("training", "lab")
 PRESET_KEYS = ("title", "summary", "base", "requires", "env", "prepare", "sketch")
 Path_ = tuple[str, ...]
 
@@ -47,6 +51,10 @@ class Recipe:
     """What was measured, in a few words."""
     authors: dict[str, Any] = field(default_factory=dict)
     """What the authors trained with and the recipe leaves to the user: model, data, batch sizes, learning rate."""
+    kind: str = KINDS[0]
+    """`training`, or `lab`: a claim that is measured outside of RL, no training."""
+    lab: str = ""
+    """`module:function` that measures the paper's own claim (`verl_plugins.lab`); a training may have one, too."""
     plugins: dict[str, dict[str, Any]] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
     """verl settings, nested."""
@@ -126,7 +134,7 @@ def preset_chain(name: str, folders: Iterable[Folder]) -> list[Preset]:
 def combine(names: Sequence[str], folders: Iterable[Folder], decided: Collection[str] = ()) -> Combination:
     """Several recipes as one: plugins united in the order given, equal keys must agree unless decided elsewhere."""
     known = recipes(folders)
-    parts = tuple(_one("recipe", name, known) for name in dict.fromkeys(names))
+    parts = tuple(_training(_one("recipe", name, known)) for name in dict.fromkeys(names))
     plugins: dict[str, Any] = {}
     seen: dict[Path_, tuple[Any, Recipe]] = {}
     for part in parts:
@@ -136,6 +144,16 @@ def combine(names: Sequence[str], folders: Iterable[Folder], decided: Collection
         for path, value in leaves(part.plugins):
             put(plugins, path, value)
     return Combination(parts, plugins)
+
+
+def of_lab(name: str, folders: Iterable[Folder]) -> Recipe:
+    """The one usable recipe called `name`, which has a lab."""
+    known = recipes(folders)
+    found = _one("recipe", name, known)
+    if not found.lab:
+        labs = ", ".join(item.name for item in known if item.lab)
+        raise CompositionError(f"recipe {name!r} has no lab; recipes with one: {labs}")
+    return found
 
 
 def leaves(tree: Mapping[str, Any], above: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
@@ -156,6 +174,15 @@ def put(tree: dict[str, Any], path: Path_, value: Any) -> None:
         tree.setdefault(path[-1], {})
     else:
         tree[path[-1]] = value
+
+
+def _training(item: Recipe) -> Recipe:
+    if item.kind == "lab":
+        raise CompositionError(
+            f"recipe {item.name!r} is a lab, which trains nothing and goes with no other recipe; to run it: "
+            f"verl-plugins lab {item.name}"
+        )
+    return item
 
 
 def _agree(path: Path_, value: Any, part: Recipe, seen: dict[Path_, tuple[Any, Recipe]]) -> None:
@@ -213,6 +240,8 @@ def _recipe(path: Path, owner: str) -> Recipe:
         if unknown := [stage for stage in about.get("stages", []) if stage not in STAGES]:
             raise CompositionError(f"{path}: recipe.stages has {unknown[0]!r}{nearest(unknown[0], STAGES)}")
         about["arxiv"] = str(about.get("arxiv", ""))
+        _must_be_function(about, "lab", f"{path}: recipe")
+        _must_be_of_a_kind(about, {**tree, "plugins": plugins, "recipe.stages": about.get("stages")}, path)
         return Recipe(path.stem, path, owner, **about, plugins=plugins, overrides=tree)
     except CompositionError as error:
         return Recipe(path.stem, path, owner, broken=str(error))
@@ -226,8 +255,7 @@ def _preset(path: Path, owner: str) -> Preset:
             about[key] = _texts(about.get(key) or {}, f"{path}: preset.{key}")
         plugins = _plugins(tree.pop("plugins", None) or {}, path)
         for key in ("prepare", "sketch"):
-            if not re.fullmatch(r"([\w.]+:\w+)?", about.get(key, "")):
-                raise CompositionError(f"{path}: preset.{key} is {about[key]!r}: it must be 'module:function'")
+            _must_be_function(about, key, f"{path}: preset")
         return Preset(path.stem, path, owner, **about, plugins=plugins, overrides=tree)
     except CompositionError as error:
         return Preset(path.stem, path, owner, broken=str(error))
@@ -253,6 +281,22 @@ def _about(tree: dict[str, Any], root: str, known: Sequence[str], path: Path) ->
         if key not in known:
             raise CompositionError(f"{path}: {root}.{key} is not a key{nearest(str(key), known)}")
     return about
+
+
+def _must_be_function(about: Mapping[str, Any], key: str, where: str) -> None:
+    if not re.fullmatch(r"([\w.]+:\w+)?", str(about.get(key, ""))):
+        raise CompositionError(f"{where}.{key} is {about[key]!r}: it must be 'module:function'")
+
+
+def _must_be_of_a_kind(about: Mapping[str, Any], rest: Mapping[str, Any], path: Path) -> None:
+    """`rest` is what a training has and a lab has not."""
+    kind = about.get("kind", KINDS[0])
+    if kind not in KINDS:
+        raise CompositionError(f"{path}: recipe.kind is {kind!r}: it must be {' or '.join(KINDS)}")
+    if kind == "lab" and not about.get("lab"):
+        raise CompositionError(f"{path}: recipe.kind is lab, so recipe.lab must name its function as 'module:function'")
+    if kind == "lab" and (given := [key for key, value in rest.items() if value]):
+        raise CompositionError(f"{path}: recipe.kind is lab, which trains nothing: remove {given[0]!r}")
 
 
 def _plugins(section: Any, path: Path) -> dict[str, dict[str, Any]]:

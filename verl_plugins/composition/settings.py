@@ -1,4 +1,4 @@
-"""Settings of a plugin: from a plain mapping to its typed Config, or one sentence on what is wrong."""
+"""Settings of a plugin or lab: from a plain mapping to its typed Config, or one sentence on what is wrong."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _BOUNDS = {
 }
 
 
-def typed(config_class: type, values: Mapping[str, Any] | None, where: str) -> Any:
-    """An instance of the Config dataclass; `where` is the section's key, as in `plugins.vade`."""
+def typed(config_class: type, values: Mapping[str, Any] | None, where: str, of: str = "plugin") -> Any:
+    """An instance of the Config dataclass of a plugin or lab; `where` is the section's key, as in `plugins.vade`."""
     if not isinstance(values or {}, Mapping):
         raise CompositionError(f"{where} is {_shown(values)}: it must be a mapping of settings")
     known = {field.name: field for field in dataclasses.fields(config_class) if field.init}
-    hints = _hints(config_class, where)
+    hints = _hints(config_class, where, of)
     given = {}
     for name, value in (values or {}).items():
         if name not in known:
-            raise CompositionError(f"{where}.{name} is not a setting of the plugin{_hint(name, known)}")
+            raise CompositionError(f"{where}.{name} is not a setting of the {of}{_hint(name, known)}")
         given[name] = _convert(value, hints[name], f"{where}.{name}")
         _within(given[name], known[name].metadata, f"{where}.{name}")
     _complete(known, given, where)
@@ -43,11 +43,13 @@ def _hint(name: str, known: Mapping[str, Any]) -> str:
     return nearest(str(name), known) if known else "; it has none"
 
 
-def _hints(config_class: type, where: str) -> dict[str, Any]:
+def _hints(config_class: type, where: str, of: str) -> dict[str, Any]:
     try:
         return typing.get_type_hints(config_class)
     except NameError as error:
-        raise CompositionError(f"{where}: a type in the plugin's Config cannot be resolved ({error})") from error
+        raise CompositionError(
+            f"{where}: a type in the {of}'s {config_class.__name__} cannot be resolved ({error})"
+        ) from error
 
 
 def _complete(known: Mapping[str, dataclasses.Field], given: Mapping[str, Any], where: str) -> None:

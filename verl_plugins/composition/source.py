@@ -1,4 +1,4 @@
-"""A plugin class as its source file says it, without executing the module."""
+"""A plugin class, or the settings of a lab, as the source file says them, without executing the module."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+Field = tuple[str, str, Any, dict[str, Any]]
+"""Name, annotation, default (MISSING when there is none) and what `setting` says of it."""
 
 
 class NotLiteral(Exception):
@@ -27,49 +30,29 @@ def class_source(path: Path, name: str) -> ClassSource:
     raise LookupError(f"{path.name} has no class {name}")
 
 
+def fields_of_parameter(path: Path, function: str, parameter: str) -> list[Field]:
+    """Fields of the dataclass that annotates a parameter of the function; NotLiteral where only importing can tell."""
+    source = Source(ast.parse(path.read_text(encoding="utf-8"), filename=path.name))
+    named = {node.name: node for node in source.module.body if hasattr(node, "name")}
+    found = getattr(named.get(function), "args", None)
+    hints = {arg.arg: _last_name(arg.annotation) for arg in found.args if arg.annotation} if found else {}
+    node = named.get(hints.get(parameter, ""))
+    if not isinstance(node, ast.ClassDef) or node.bases:
+        raise NotLiteral(f"{parameter} of {function} is no class of the module")
+    return list(source.fields(node))
+
+
 @dataclass(frozen=True)
-class ClassSource:
-    """A plugin class in the syntax tree of its module."""
+class Source:
+    """The syntax tree of a module."""
 
     module: ast.Module
-    node: ast.ClassDef
 
-    def __post_init__(self) -> None:
-        if [_last_name(base) for base in self.node.bases] != ["Plugin"]:
-            raise NotLiteral(f"{self.node.name} inherits from more than Plugin")
-
-    @property
-    def doc(self) -> str:
-        """Docstring of the module, else of the class."""
-        return ast.get_docstring(self.module) or ast.get_docstring(self.node) or ""
-
-    def attributes(self, names: tuple[str, ...]) -> dict[str, Any]:
-        """Those of the class attributes that are assigned."""
-        return {name: self._value(node) for name, node in _assignments(self.node.body) if name in names}
-
-    def hooks(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(stage, options of its hookimpl) of each implementation."""
-        for node in self.node.body:
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                for decorator in node.decorator_list:
-                    if _last_name(decorator) == "hookimpl":
-                        options = self._keywords(decorator)
-                        yield options.get("specname") or node.name, options
-
-    def settings(self) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
-        """(name, annotation, default, metadata) of each field of Config."""
-        for node in self._config().body if self._config() else []:
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                default, metadata = self._default(node.value)
-                yield node.target.id, ast.unparse(node.annotation), default, metadata
-
-    def _config(self) -> ast.ClassDef | None:
-        found = [node for node in self.node.body if isinstance(node, ast.ClassDef) and node.name == "Config"]
-        if found and found[0].bases:
-            raise NotLiteral("Config inherits from another class")
-        if not found and "Config" in dict(_assignments(self.node.body)):
-            raise NotLiteral("Config is made elsewhere")
-        return found[0] if found else None
+    def fields(self, node: ast.ClassDef) -> Iterator[Field]:
+        """Those of a dataclass."""
+        for item in node.body:
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                yield item.target.id, ast.unparse(item.annotation), *self._default(item.value)
 
     def _default(self, node: ast.expr | None) -> tuple[Any, dict[str, Any]]:
         if node is None:
@@ -97,6 +80,48 @@ class ClassSource:
     @cached_property
     def _constants(self) -> dict[str, ast.expr]:
         return dict(_assignments(self.module.body))
+
+
+@dataclass(frozen=True)
+class ClassSource(Source):
+    """A plugin class in the syntax tree of its module."""
+
+    node: ast.ClassDef
+
+    def __post_init__(self) -> None:
+        if [_last_name(base) for base in self.node.bases] != ["Plugin"]:
+            raise NotLiteral(f"{self.node.name} inherits from more than Plugin")
+
+    @property
+    def doc(self) -> str:
+        """Docstring of the module, else of the class."""
+        return ast.get_docstring(self.module) or ast.get_docstring(self.node) or ""
+
+    def attributes(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """Those of the class attributes that are assigned."""
+        return {name: self._value(node) for name, node in _assignments(self.node.body) if name in names}
+
+    def hooks(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(stage, options of its hookimpl) of each implementation."""
+        for node in self.node.body:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                for decorator in node.decorator_list:
+                    if _last_name(decorator) == "hookimpl":
+                        options = self._keywords(decorator)
+                        yield options.get("specname") or node.name, options
+
+    def settings(self) -> Iterator[Field]:
+        """Fields of Config."""
+        config = self._config()
+        return self.fields(config) if config else iter(())
+
+    def _config(self) -> ast.ClassDef | None:
+        found = [node for node in self.node.body if isinstance(node, ast.ClassDef) and node.name == "Config"]
+        if found and found[0].bases:
+            raise NotLiteral("Config inherits from another class")
+        if not found and "Config" in dict(_assignments(self.node.body)):
+            raise NotLiteral("Config is made elsewhere")
+        return found[0] if found else None
 
 
 def missing_import(module: ast.Module) -> str:

@@ -15,6 +15,7 @@ from verl_plugins.composition import compose, manifest, needs, recipe
 RECIPES = ("grpo", "mc_grpo", "vade", "clip_cov")
 PRESETS = ("cpu", "1gpu", "8gpu")
 ABOUT = "recipe: {title: A, summary: B}\n"
+LAB = "recipe: {title: A, kind: lab, lab: 'm:f'}\n"
 PRESET = "preset: {title: A, summary: B, prepare: 'acme:make'}\nactor_rollout_ref: {rollout: {name: vllm, n: 4}}\n"
 
 
@@ -63,7 +64,7 @@ class TestShipped:
         installed = manifest.entries()
         for item in recipe.recipes(manifest.folders(installed)):
             if item.distribution == "verl-plugins":
-                named = {item.name, *item.plugins}
+                named = {item.name, *item.plugins} if item.kind == "training" else set()
                 hooks = [hook for name in named for hook in manifest.find(name, installed).hooks]
                 assert set(item.stages) <= {hook.stage for hook in hooks}
 
@@ -182,11 +183,20 @@ class TestFiles:
             (ABOUT + "plugins: {grop: {}}", ["'grop' is not installed", "did you mean 'grpo'?"]),
             (ABOUT + "plugins: {grpo: {epsilom: 1}}", ["plugins.grpo.epsilom", "did you mean 'epsilon'?"]),
             (ABOUT + "cpu: {threads: 2}", ["'cpu'"]),
+            ("recipe: {lab: run me}", ["recipe.lab is 'run me'", "module:function"]),
+            ("recipe: {lab: 5}", ["recipe.lab is 5", "module:function"]),
+            ("recipe: {kind: labb}", ["recipe.kind is 'labb'", "training or lab"]),
+            ("recipe: {kind: lab}", ["recipe.lab must name its function"]),
+            (LAB + "plugins: {grpo: {}}", ["trains nothing", "remove 'plugins'"]),
+            (LAB + "trainer: {nnodes: 2}", ["trains nothing", "remove 'trainer'"]),
+            ("recipe: {kind: lab, lab: 'm:f', stages: [observe]}", ["trains nothing", "remove 'recipe.stages'"]),
+            (LAB, ["'mine' is a lab", "verl-plugins lab mine"]),
         ],
     )
     def test_recipe(self, site, sentence, text: str, parts: list[str]) -> None:
         folder = site.recipes("acme", mine=text)
-        refused(sentence, [str(folder / "mine.yaml"), *parts], "mine")
+        where = [] if text == LAB else [str(folder / "mine.yaml")]
+        refused(sentence, [*where, *parts], "mine")
 
     @pytest.mark.parametrize(
         ("text", "parts"),
@@ -195,6 +205,7 @@ class TestFiles:
             ("preset: {env: [A]}", ["preset.env must be a mapping"]),
             ("preset: {env: {A: true}}", ["preset.env.A is True"]),
             ("preset: {prepare: run me}", ["preset.prepare is 'run me'", "module:function"]),
+            ("preset: {sketch: 5}", ["preset.sketch is 5", "module:function"]),
         ],
     )
     def test_preset(self, site, sentence, text: str, parts: list[str]) -> None:
