@@ -22,6 +22,8 @@ BROKEN = {
     "mixup_nc": ("num_classes=2", "they are longer than the straight mix"),
     "nc_deep_linear": ("iterations=3", "no descent ends below the formula's objective"),
     "nrr_core": ("zero_padding=true", "NRR-lite keeps more bits"),
+    "perp_grad": ("epochs=20", "⊥AdamW comes to know the sums that it was not shown"),
+    "stablemax": ("epochs=20", "StableMax with ⊥SGD comes to know the sums that it was not shown"),
     "posterior_collapse_attack": ("training_steps=20", "the attack harms the reconstruction"),
 }
 """A setting with which a claim of each lab fails, and the claim."""

@@ -31,10 +31,23 @@ BANNED = -1e4
 """Where symlog(-inf) ends: no finite number has one below -710, and exp of it is 0."""
 
 
+class Symlog(torch.autograd.Function):
+    """With the derivative 1 / (1 + |z|), which is 1 at 0: that of sign and |z| would be 0 there."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return logits.abs().log1p_().copysign_(logits)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        (logits,) = ctx.saved_tensors
+        return upstream / (1 + logits.abs())
+
+
 def symlog(logits: Tensor) -> Tensor:
-    """sign(z) log(1 + |z|), of any shape; its derivative 1 / (1 + |z|) is 1 at 0, where that of |z| would be 0."""
-    above, below = torch.where(logits < 0, 0.0, logits), torch.where(logits < 0, logits, 0.0)
-    return (above.log1p() - (-below).log1p()).clamp(min=BANNED)
+    """sign(z) log(1 + |z|), of any shape, and `BANNED` of -inf."""
+    return Symlog.apply(logits).clamp(min=BANNED)
 
 
 class StableMax(Plugin):
