@@ -2,6 +2,7 @@
 # make test   lint and the whole test suite
 # make test-vllm  the tests of the preset cpu-vllm, in an environment of their own
 # make test-faults  what happens to runs when processes die, disks fill up and environments are odd
+# make test-labs  the labs that take over 20 s of a core
 # make test-cluster  a training on two Ray nodes, both on this machine
 # make docs   build the documentation into site/
 # make mutants  plant small errors in the methods, one at a time: the tests must notice 92 % (hours; SAMPLE=8 tries so many per file)
@@ -19,7 +20,7 @@ DOCS_INSTALLED := $(VENV)/.installed-docs
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-vllm test-faults test-cluster docs bench mutants clean
+.PHONY: demo test test-vllm test-faults test-cluster test-labs docs bench mutants clean
 
 demo: $(INSTALLED)
 	$(BIN)/verl-plugins demo
@@ -35,6 +36,9 @@ test-vllm: $(VLLM_INSTALLED)
 
 test-faults: $(INSTALLED)
 	$(BIN)/python -m pytest tests/faults -m faults -n 0
+
+test-labs: $(INSTALLED)
+	$(BIN)/python -m pytest -m labs tests/e2e/test_labs.py
 
 test-cluster: $(INSTALLED)
 	$(BIN)/python -m pytest -m cluster tests/cluster
