@@ -198,6 +198,14 @@ SYMBOLS: list[tuple[str, str, str | None]] = [
     ("verl.checkpoint_engine.base", "CheckpointEngine.send_weights", "self weights global_steps"),
     ("verl.checkpoint_engine.base", "CheckpointEngine.receive_weights", "self global_steps"),
     ("verl.workers.rollout.utils", "ensure_async_iterator", "iterable"),
+    # the tool of the preset lookup
+    ("verl.experimental.agent_loop.tool_parser", "ToolParser.register", "name"),
+    ("verl.experimental.agent_loop.tool_parser", "ToolParser.extract_tool_calls", "self responses_ids tools"),
+    ("verl.experimental.agent_loop.tool_parser", "FunctionCall", None),
+    ("verl.tools.base_tool", "BaseTool.create", "self instance_id kwargs"),
+    ("verl.tools.base_tool", "BaseTool.execute", "self instance_id parameters kwargs"),
+    ("verl.tools.base_tool", "BaseTool.release", "self instance_id kwargs"),
+    ("verl.tools.schemas", "ToolResponse", None),
     # the engine of a CPU
     ("verl.workers.engine.base", "EngineRegistry._engines", None),
     ("verl.workers.engine.base", "EngineRegistry.register", "model_type backend device vendor"),
