@@ -19,6 +19,7 @@ from verl.utils.device import get_device_id
 from verl.utils.fsdp_utils import FSDPModule, fsdp_version
 
 from verl_plugins.bridge.moving import moved
+from verl_plugins.cpu.engine import KEPT
 
 PROBED = "verl_plugins_probed"
 """Of each token of `input_ids`: whether its logits are asked for."""
@@ -137,7 +138,9 @@ def _predicting(engine: Any, logits: Tensor, output_args: dict[str, Any], micro_
         padded = torch.nn.functional.pad(marks.values(), (0, length * ranks - len(marks.values())))
         here = padded[rank * length : (rank + 1) * length]
     else:
-        here = marks.to_padded_tensor(False, output_size=logits.shape[:2])
+        width = int(micro_batch["input_ids"].offsets().diff().max())
+        here = marks.to_padded_tensor(False, output_size=(len(logits), width))
+        here = here[:, output_args[KEPT]] if KEPT in output_args else here
         temperature = output_args["temperature"][:, None].expand_as(here)
     wide = torch.promote_types(logits.dtype, torch.float32)
     return logits[here].to(wide) / temperature[here].clamp(min=1e-8).to(wide)[:, None]

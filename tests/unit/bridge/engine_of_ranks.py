@@ -1,6 +1,6 @@
-"""verl's own FSDP engine on one CPU rank or two, without Ray: one update under `ghosts_of_softmax`, and what is seen.
+"""The engine of the preset cpu on one rank or two, without Ray: one update under `ghosts_of_softmax`, and what is seen.
 
-`python engine_of_ranks.py RANKS FOLDER` reads the model in FOLDER/model and writes FOLDER/<ranks>_<rank>.pt.
+Packed rows go verl's own way in it. `python engine_of_ranks.py RANKS FOLDER` reads the model in FOLDER/model and writes FOLDER/<ranks>_<rank>.pt.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def made(folder: Path) -> Any:
     """The engine, with the settings of the preset cpu."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
-    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+    from verl_plugins.cpu.engine import ResponseEngine
 
     single = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
     model = HFModelConfig(
@@ -57,9 +58,7 @@ def made(folder: Path) -> Any:
         override_config={"attn_implementation": "sdpa"},
     )
     settings = FSDPEngineConfig(strategy="fsdp2", dtype="float32", use_torch_compile=False, mixed_precision=single)
-    engine = FSDPEngineWithLMHead(
-        model, settings, FSDPOptimizerConfig(lr=0.02, total_training_steps=9), CheckpointConfig()
-    )
+    engine = ResponseEngine(model, settings, FSDPOptimizerConfig(lr=0.02, total_training_steps=9), CheckpointConfig())
     engine.initialize()
     return engine
 
