@@ -1,6 +1,7 @@
 """The engine of the preset cpu on one rank or two, without Ray: one update under `ghosts_of_softmax`, and what is seen.
 
-Packed rows go verl's own way in it. `python engine_of_ranks.py RANKS FOLDER` reads the model in FOLDER/model and writes FOLDER/<ranks>_<rank>.pt.
+Packed rows go verl's own way in it.
+`python engine_of_ranks.py RANKS FOLDER` reads the model in FOLDER/model and writes FOLDER/<ranks>_<rank>.pt.
 """
 
 from __future__ import annotations
