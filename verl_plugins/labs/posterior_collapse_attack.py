@@ -103,7 +103,7 @@ class Vae(nn.Module):
         return mean, logvar
 
     def loss(self, images: Tensor, noise: Tensor) -> Tensor:
-        """Ten times the squared error of a sample, made with noise [n, latents], plus KL to N(0, I): mean over images."""
+        """Ten times the squared error of a sample, made with noise [n, latents], plus KL to N(0, I); mean of images."""
         mean, logvar = self.encode(images)
         error = (self.decoder(mean + (logvar / 2).exp() * noise) - images).square().sum(1)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(1)
