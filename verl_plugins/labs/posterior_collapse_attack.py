@@ -40,8 +40,8 @@ Encoder = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass
 class Settings:
-    eps: float = setting(16.0, "largest change of a pixel, in 1/255", authors=16, ge=0)
-    alpha: float = setting(2.0, "change of a pixel in one step, in 1/255", authors=2, gt=0)
+    eps: float = setting(16.0, "largest change of a pixel, in 1/255", authors=16, ge=0, le=255)
+    alpha: float = setting(2.0, "change of a pixel in one step, in 1/255", authors=2, gt=0, le=255)
     steps: int = setting(40, "steps of the attack", authors=40, ge=1)
     v: float | None = setting(1e-8, "target variance; null takes the clean image's posterior variance", authors=1e-8)
     images: int = setting(256, "images that are attacked", ge=1)
