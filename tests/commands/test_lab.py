@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -124,7 +125,7 @@ class TestFiles:
 
     def test_so_is_one_that_cannot_be_written_to(self, offered, tmp_path, monkeypatch) -> None:
         offered("raise AssertionError('started')")
-        monkeypatch.setattr("os.access", lambda path, mode: False)
+        monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
         with pytest.raises(RunError, match="cannot be written to"):
             run("cooling", "--out", str(tmp_path))
 
