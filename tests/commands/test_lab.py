@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from verl_plugins.commands import cli
 from verl_plugins.commands.lab import draw
+from verl_plugins.errors import RunError
 from verl_plugins.lab import Claim, Curve, Findings, Panel
 
 DOCS = Path(__file__).parents[2] / "docs" / "plugins.md"
@@ -120,6 +122,12 @@ class TestFiles:
         (tmp_path / "file").touch()
         fails(sentence, ["--out", "file"], "lab", "cooling", "--out", str(tmp_path / "file" / "below"))
         fails(sentence, ["--out", "file"], "lab", "cooling", "--out", str(tmp_path / "file"))
+
+    def test_so_is_one_that_cannot_be_written_to(self, offered, tmp_path, monkeypatch) -> None:
+        offered("raise AssertionError('started')")
+        monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+        with pytest.raises(RunError, match="cannot be written to"):
+            run("cooling", "--out", str(tmp_path))
 
     def test_a_curve_without_a_name_has_the_colour_of_the_one_before(self, tmp_path, monkeypatch) -> None:
         from matplotlib.axes import Axes

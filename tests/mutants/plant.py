@@ -97,7 +97,7 @@ def extent(node: Any) -> tuple[tuple[int, int], tuple[int, int]]:
 def is_experiment(node: ast.stmt) -> bool:
     """What a lab tries and draws, in place of what it computes: sizes and problems, the run itself, the picture."""
     name = getattr(node, "name", "")
-    return isinstance(node, ast.Assign) or name == LAB or name.startswith("_panel")
+    return isinstance(node, ast.Assign) or name in (LAB, "problems") or name.startswith("_panel")
 
 
 def mutants(source: str) -> Iterator[Mutant]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -59,6 +60,8 @@ def _make(out: Path) -> None:
         raise RunError(
             f"--out {out} cannot be made ({error.strerror}): give a folder that can be written to"
         ) from error
+    if not os.access(out, os.W_OK):
+        raise RunError(f"--out {out} cannot be written to: give a folder that can")
 
 
 @contextmanager

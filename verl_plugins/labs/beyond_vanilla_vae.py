@@ -132,7 +132,8 @@ def optimal_model(problem: Problem) -> Model:
     directions = torch.linalg.eigh(residual_covariance(cov_x, cov_xy, cov_y)).eigenvectors.flip(1)[:, : problem.latents]
     strengths = problem.strengths
     decoder = problem.cov.new_zeros(len(cov_y), problem.latents)
-    decoder[:, : directions.shape[1]] = directions * strengths[: directions.shape[1]].sqrt()
+    kept = min(len(cov_y), problem.latents)
+    decoder[:, :kept] = directions * strengths[:kept].sqrt()
     skip = regression(cov_x, cov_xy)
     whole = strengths + problem.threshold
     from_y = decoder.T / whole[:, None]

@@ -38,9 +38,9 @@ Sublayer = Callable[[Tensor], Tensor]
 
 @dataclass
 class Settings:
-    layers: int = setting(100, "layers of a stack, an attention and an MLP each", ge=1)
-    beta_scale: float = setting(1.0, "s, the largest size of beta", ge=0)
-    alpha: float = setting(0.1, "share of x that is erased, in the last stack", ge=0)
+    layers: int = setting(100, "layers of a stack, an attention and an MLP each", ge=1, le=100)
+    beta_scale: float = setting(1.0, "s, the largest size of beta", ge=0, le=2)
+    alpha: float = setting(0.1, "share of x that is erased, in the last stack", ge=0, le=1)
 
 
 def normed(x: Tensor, eps: float = 1e-5) -> Tensor:

@@ -143,7 +143,7 @@ def test_at_the_threshold_a_latent_is_collapsed():
     assert optimal_strengths(torch.tensor([0.5]).double(), 1, 0.5).tolist() == [0]
 
 
-@pytest.mark.parametrize("sizes", [(0, 2, 1), (1, 1, 1), (2, 3, 2), (1, 2, 4)])
+@pytest.mark.parametrize("sizes", [(0, 2, 2), (1, 1, 1), (2, 3, 2), (1, 2, 4)])
 def test_a_fit_reaches_the_theory(sizes):
     problem = drawn(sizes, 5)
     model, loss = fit(problem, torch.Generator().manual_seed(1), 1000)

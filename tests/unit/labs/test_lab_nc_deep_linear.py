@@ -49,6 +49,19 @@ def test_no_other_response_is_better(share, cost, layers):
     assert 0 <= float(p) <= 1
 
 
+@pytest.mark.parametrize("layers", [1, 2, 3, 5])
+def test_a_class_is_lost_exactly_where_losing_it_is_better(layers):
+    """Over a fine row of costs, of which the last ones lose the class, against a grid of responses."""
+    share, costs = 0.6, torch.linspace(0.001, 0.7, 700).double()
+    p = fitted(torch.full_like(costs, share), costs, layers)
+    grid = torch.linspace(1e-4, 1, 4000).double()
+    best = class_objective(grid[:, None], torch.tensor(share).double(), costs, layers).amin(0)
+    kept = best < share / 2
+    clear = (best - share / 2).abs() > 1e-5
+    assert torch.equal((p > 0)[clear], kept[clear])
+    assert bool(kept[0]) and not bool(kept[-1]) and int(clear.sum()) > 500
+
+
 @FEW
 @given(st.integers(1, 40), st.integers(1, 40), DECAY, DECAY)
 def test_one_layer_in_closed_form(count, others, decay, feature_decay):

@@ -141,6 +141,19 @@ def test_rectangles_are_bright_on_dark_and_wholly_inside(seed):
         assert int((image == values[1]).sum()) == sides[0] * sides[1]
 
 
+def test_the_loss_of_the_vae_in_plain_python():
+    vae, images = trained(3, 0, silent).double(), rectangles(2, torch.Generator().manual_seed(0)).double()
+    noise = drawn(1, 2, 16)
+    mean, logvar = vae.encode(images)
+    total = 0.0
+    for n in range(2):
+        moments = list(zip(mean[n].tolist(), logvar[n].tolist(), noise[n].tolist(), strict=True))
+        sample = torch.tensor([m + math.sqrt(math.exp(s)) * e for m, s, e in moments]).double()
+        total += 10 * float((vae.decoder(sample) - images[n]).square().sum())
+        total += sum(0.5 * (m * m + math.exp(s) - 1 - s) for m, s, _ in moments)
+    assert float(vae.loss(images, noise)) == pytest.approx(total / 2, rel=1e-5)
+
+
 @pytest.mark.parametrize("v", [0.0, -1.0])
 def test_a_target_variance_that_is_none_is_refused(v):
     with pytest.raises(CompositionError, match="must be greater than 0, or null"):
