@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lab_page import not_on_page
 
 from verl_plugins import CompositionError
 from verl_plugins.labs import grokking
@@ -104,22 +103,8 @@ def test_looks_are_at_the_first_every_tenth_and_the_last_epoch():
     assert [*courses][-1].epochs == [1, 10, 20, 25]
 
 
-class TestPerpGrad:
-    @pytest.fixture(scope="class")
-    def found(self):
-        return grokking.perp_grad(PerpGradSettings(), 0, lambda share, what: None)
-
-    def test_every_claim_holds_and_stands_on_the_page(self, found):
-        assert found.failed == []
-        assert not_on_page("perp_grad", found, close=0.1) == []
-
-    def test_what_is_drawn(self, found):
-        accuracy, along = found.panels
-        assert [curve.label for curve in accuracy.curves] == ["⊥AdamW, held out", "", "AdamW, held out", ""]
-        orthogonal, _, plain, known = (list(curve.y) for curve in accuracy.curves)
-        assert orthogonal[-1] > 0.99 > 0.05 > max(plain) and known[-1] > 0.99
-        assert [curve.label for curve in along.curves] == ["⊥AdamW", "AdamW"]
-        assert all(0 <= share <= 1.001 for curve in along.curves for share in curve.y)
+class TestSmall:
+    """The labs on a task that is too small for what they claim: that is noticed."""
 
     def test_too_few_epochs_are_noticed(self):
         settings = PerpGradSettings(modulus=11, width=20, epochs=5)
@@ -131,24 +116,6 @@ class TestPerpGrad:
         settings = PerpGradSettings(modulus=5, width=4, epochs=10)
         grokking.perp_grad(settings, 0, lambda share, what: told.append((share, what)))
         assert told == [(0.05, "⊥AdamW"), (0.5, "⊥AdamW"), (0.55, "AdamW"), (1.0, "AdamW")]
-
-
-class TestStableMax:
-    @pytest.fixture(scope="class")
-    def found(self):
-        return grokking.stablemax(StableMaxSettings(), 0, lambda share, what: None)
-
-    def test_every_claim_holds_and_stands_on_the_page(self, found):
-        assert found.failed == []
-        by_rounding = {"the softmax of symlog is the paper's quotient"}
-        missing = not_on_page("stablemax", found, close=0.2)
-        assert [row for row in missing if not any(name in row for name in by_rounding)] == []
-
-    def test_what_is_drawn(self, found):
-        accuracy, largest = found.panels
-        assert [curve.label for curve in accuracy.curves] == ["StableMax, held out", "", "softmax, held out", ""]
-        assert largest.curves[0].label == "StableMax" and largest.curves[0].y[-1] > 10
-        assert "80,000 epochs" in found.notes[0]
 
     @pytest.mark.parametrize("change", [{"epochs": 5}, {"learning_rate": 1e-4, "epochs": 30}])
     def test_what_learns_too_little_is_noticed(self, change):
@@ -163,3 +130,13 @@ class TestStableMax:
         assert 112 * math.exp(-22) < 2**-24 < 112 * math.exp(-21) and math.exp(-17) < 2**-24 < math.exp(-16)
         assert 17 <= grokking._saturated(113, lambda z: z) <= 22
         assert grokking._saturated(113, symlog) is None
+
+    def test_both_trainings_start_alike_and_only_one_is_orthogonal(self):
+        settings = PerpGradSettings(modulus=7, width=8, epochs=1)
+        accuracy, along = grokking.perp_grad(settings, 4, lambda share, what: None).panels
+        one, _, other, _ = accuracy.curves
+        assert along.curves[0].y == along.curves[1].y and list(one.x) == list(other.x) == [1]
+        largest = grokking.stablemax(
+            StableMaxSettings(modulus=7, width=8, epochs=1), 4, lambda share, what: None
+        ).panels[1]
+        assert largest.curves[0].y == largest.curves[1].y
