@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from verl_plugins import CompositionError
 from verl_plugins.labs import grokking
 from verl_plugins.labs.grokking import (
+    Course,
     PerpGradSettings,
     StableMaxSettings,
     all_sums,
@@ -103,8 +104,115 @@ def test_looks_are_at_the_first_every_tenth_and_the_last_epoch():
     assert [*courses][-1].epochs == [1, 10, 20, 25]
 
 
+class Played:
+    """Stands for `trained`: gives courses that were made up, and keeps what it was asked for."""
+
+    def __init__(self, *courses: Course) -> None:
+        self.courses, self.asked = iter(courses), []
+
+    def __call__(self, task, layers, optimizer, epochs, *, perp, shape):
+        made = optimizer(layers)
+        kept = {name: made.defaults[name] for name in ("lr", "weight_decay", "momentum") if name in made.defaults}
+        tried = shape(torch.tensor([2.0])).item()
+        start = [layer.detach().clone() for layer in layers]
+        self.asked.append((type(made).__name__, kept, epochs, perp, tried, start, len(task.pairs)))
+        yield next(self.courses)
+
+
+def course(held_out: float, known: float = 0.995, along: float = 0.9, largest: float = 20.0) -> Course:
+    return Course([1, 8], [0.1, known], [0.2, held_out], [0.04, along], [50.0, largest])
+
+
+def claims(monkeypatch, lab, settings, *courses: Course):
+    played = Played(*courses)
+    monkeypatch.setattr(grokking, "trained", played)
+    return lab(settings, 3, lambda share, what: None), played.asked
+
+
+class TestClaims:
+    """What the labs make of two trainings."""
+
+    SMALL = {"modulus": 7, "width": 6, "train_share": 0.5, "epochs": 8}
+
+    def perp_grad(self, monkeypatch, *courses: Course):
+        return claims(monkeypatch, grokking.perp_grad, PerpGradSettings(**self.SMALL, learning_rate=0.3), *courses)
+
+    def stablemax(self, monkeypatch, *courses: Course):
+        settings = StableMaxSettings(**self.SMALL, learning_rate=0.3, momentum=0.6)
+        return claims(monkeypatch, grokking.stablemax, settings, *courses)
+
+    def test_perp_grad_trains_twice_from_the_same_weights(self, monkeypatch):
+        _, (one, other) = self.perp_grad(monkeypatch, course(0.996), course(0.0))
+        assert one[:5] == ("AdamW", {"lr": 0.3, "weight_decay": 0.0}, 8, True, 2.0)
+        assert other[:5] == ("AdamW", {"lr": 0.3, "weight_decay": 0.0}, 8, False, 2.0)
+        assert all(map(torch.equal, one[5], other[5])) and one[6] == 24
+        assert all(map(torch.equal, one[5], network(7, 6, 3)))
+
+    def test_stablemax_trains_twice_on_orthogonal_gradients(self, monkeypatch):
+        _, (one, other) = self.stablemax(monkeypatch, course(0.996), course(0.0))
+        sgd = ("SGD", {"lr": 0.3, "weight_decay": 0, "momentum": 0.6}, 8, True)
+        assert one[:4] == other[:4] == sgd
+        assert one[4] == pytest.approx(math.log(3)) and other[4] == 2.0
+        assert all(map(torch.equal, one[5], other[5]))
+
+    def test_what_perp_grad_says(self, monkeypatch):
+        found, _ = self.perp_grad(monkeypatch, course(0.996, largest=20), course(0.04, along=0.5, largest=40))
+        assert [claim.measured for claim in found.claims] == [
+            "100 %",
+            "100 % and 4 %",
+            "50 % against 4 %",
+            "20 against 40",
+        ]
+        assert found.failed == []
+        assert [curve.y for curve in found.panels[1].curves] == [[0.04, 0.9], [0.04, 0.5]]
+
+    def test_what_stablemax_says(self, monkeypatch):
+        found, _ = self.stablemax(monkeypatch, course(0.91, largest=30), course(0.4))
+        assert [claim.measured for claim in found.claims[:2]] == ["91 %", "100 % and 40 %"]
+        assert found.failed == []
+        assert [curve.y for curve in found.panels[1].curves] == [[50, 30], [50, 20]]
+
+    @pytest.mark.parametrize(
+        ("one", "other", "place"),
+        [
+            (course(0.989), course(0.0), 0),
+            (course(0.996), course(0.06), 1),
+            (course(0.996), course(0.0, known=0.98), 1),
+            (course(0.996), course(0.0, along=0.03, largest=21.0), 2),
+            (course(0.996, largest=21.0), course(0.0), 3),
+        ],
+    )
+    def test_claims_of_perp_grad_can_fail(self, monkeypatch, one, other, place):
+        found, _ = self.perp_grad(monkeypatch, one, other)
+        assert not found.claims[place].holds
+
+    @pytest.mark.parametrize(
+        ("one", "other", "place"),
+        [(course(0.89), course(0.0), 0), (course(0.95), course(0.51), 1), (course(0.95), course(0.4, known=0.9), 1)],
+    )
+    def test_claims_of_stablemax_can_fail(self, monkeypatch, one, other, place):
+        found, _ = self.stablemax(monkeypatch, one, other)
+        assert [claim.holds for claim in found.claims] == [number != place for number in range(4)]
+
+    @pytest.mark.parametrize("wrong", [lambda z: z, lambda z: symlog(z) * 1.001])
+    def test_another_transform_is_not_the_paper_s_quotient(self, monkeypatch, wrong):
+        assert grokking._apart(0) < 1e-12
+        monkeypatch.setattr(grokking, "symlog", wrong)
+        found, _ = self.stablemax(monkeypatch, course(0.95), course(0.4))
+        assert not found.claims[2].holds
+
+    def test_a_transform_that_saturates_is_noticed(self, monkeypatch):
+        monkeypatch.setattr(grokking, "symlog", lambda z: 2 * z)
+        found, _ = self.stablemax(monkeypatch, course(0.95), course(0.4))
+        assert not found.claims[3].holds and found.claims[3].measured.startswith("from ")
+
+
 class TestSmall:
-    """The labs on a task that is too small for what they claim: that is noticed."""
+    """The labs on small tasks."""
+
+    def test_what_perp_grad_claims_holds_for_sums_modulo_23_too(self):
+        settings = PerpGradSettings(modulus=23, width=100, train_share=0.8, epochs=200)
+        assert grokking.perp_grad(settings, 0, lambda share, what: None).failed == []
 
     def test_too_few_epochs_are_noticed(self):
         settings = PerpGradSettings(modulus=11, width=20, epochs=5)
