@@ -42,6 +42,8 @@ SWAPS = {
 EXAMPLES = 12
 """Of each property, in place of what the test asks for."""
 WARM_UP = ("tests/unit/advantage/test_grpo.py", "tests/unit/sampling/test_sage.py")
+LAB = "lab"
+"""The function that makes a module a lab."""
 OTHERS = {
     *("NumberReplacer", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "ReplaceAndWithOr", "ReplaceOrWithAnd"),
     *("ReplaceBreakWithContinue", "ReplaceContinueWithBreak", "ZeroIterationForLoop"),
@@ -74,16 +76,28 @@ def operators() -> Iterator[Any]:
 
 def left_out(source: str) -> list[tuple[int, int]]:
     """First and last position, as line and column, of what states or says something and computes nothing."""
-    spans = []
-    for node in ast.walk(ast.parse(source)):
+    spans, module = [], ast.parse(source)
+    if any(getattr(node, "name", "") == LAB for node in module.body):
+        spans += [extent(node) for node in module.body if is_experiment(node)]
+    for node in ast.walk(module):
         parts: list[Any] = [getattr(node, name, None) for name in ("annotation", "returns")]
         parts += getattr(node, "decorator_list", [])
         settings = isinstance(node, ast.ClassDef) and node.name.endswith(("Config", "Settings"))
         said = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "progress"
         if isinstance(node, ast.Raise) or settings or said:
             parts.append(node)
-        spans += [((p.lineno, p.col_offset), (p.end_lineno, p.end_col_offset)) for p in parts if p]
+        spans += [extent(part) for part in parts if part]
     return spans
+
+
+def extent(node: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)
+
+
+def is_experiment(node: ast.stmt) -> bool:
+    """What a lab tries and draws, in place of what it computes: sizes and problems, the run itself, the picture."""
+    name = getattr(node, "name", "")
+    return isinstance(node, ast.Assign) or name == LAB or name.startswith("_panel")
 
 
 def mutants(source: str) -> Iterator[Mutant]:

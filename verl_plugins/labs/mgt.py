@@ -54,7 +54,7 @@ def gated(x: Tensor, raw: Tensor, weight: Tensor, eps: float = 1e-5) -> tuple[Te
     return gate, raw * gate
 
 
-def signed_beta(x: Tensor, weight: Tensor, scale: float = 1.0, bias: float | Tensor = 0.0) -> Tensor:
+def signed_beta(x: Tensor, weight: Tensor, scale: float, bias: float | Tensor = 0.0) -> Tensor:
     """beta [tokens, d], between -scale and scale."""
     return scale * torch.tanh(x @ weight.T + bias)
 
@@ -66,16 +66,16 @@ def erasing_update(x: Tensor, update: Tensor, beta: float | Tensor, alpha: float
 
 def delta_update(x: Tensor, k: Tensor, beta: Tensor, v: Tensor, eps: float = 1e-5) -> Tensor:
     """x + beta (v - k.x) k with k [tokens, d] made a unit vector; beta and v [tokens]."""
-    k = k / (k.square().sum(-1, keepdim=True) + eps**2).sqrt()
-    return x + (beta * (v - (k * x).sum(-1)))[..., None] * k
+    k = k / (k.square().sum(1, keepdim=True) + eps**2).sqrt()
+    return x + (beta * (v - (k * x).sum(1)))[:, None] * k
 
 
 def doubly_stochastic(logits: Tensor, iterations: int = 10, tau: float = 0.05) -> Tensor:
     """Sinkhorn's iterations on logits [s, s] / tau: rows, then columns, in logarithms."""
     found = logits / tau
     for _ in range(iterations):
-        found = found - found.logsumexp(-1, keepdim=True)
-        found = found - found.logsumexp(-2, keepdim=True)
+        found = found - found.logsumexp(1, keepdim=True)
+        found = found - found.logsumexp(0, keepdim=True)
     return found.exp()
 
 
@@ -102,9 +102,9 @@ def depth_geometry(states: Tensor, mask: Tensor | None = None) -> dict[str, Tens
     return {
         "effective_rank": effective_rank(states),
         "mean_pairwise_cosine": pairwise_cosine(states),
-        "mean_norm": states.norm(dim=-1).mean(-1),
-        "layer_to_layer_cosine": cosine_similarity(before, after, dim=-1).mean(-1),
-        "update_alignment": cosine_similarity(before, after - before, dim=-1).mean(-1),
+        "mean_norm": states.norm(dim=2).mean(1),
+        "layer_to_layer_cosine": cosine_similarity(before, after, dim=2).mean(1),
+        "update_alignment": cosine_similarity(before, after - before, dim=2).mean(1),
     }
 
 
@@ -117,7 +117,7 @@ def sublayers(layers: int, generator: torch.Generator) -> Iterator[Sublayer]:
     for _ in range(layers):
         query, key, value = (weights(WIDTH, WIDTH) for _ in range(3))
         inner, outer = weights(WIDTH, 2 * WIDTH), weights(2 * WIDTH, WIDTH)
-        yield lambda h, q=query, k=key, v=value: ((h @ q) @ (h @ k).T / WIDTH**0.5).softmax(-1) @ h @ v
+        yield lambda h, q=query, k=key, v=value: ((h @ q) @ (h @ k).T / WIDTH**0.5).softmax(1) @ h @ v
         yield lambda h, i=inner, o=outer: (h @ i).relu() @ o
 
 
@@ -131,7 +131,7 @@ def stacks(settings: Settings) -> dict[str, Callable[[Tensor, Sublayer, Tensor, 
     def streams(x: Tensor, sublayer: Sublayer, one: Tensor, other: Tensor) -> Tensor:
         x = x if x.dim() == 3 else x.expand(STREAMS, TOKENS, WIDTH)
         mixing = doubly_stochastic(one[:STREAMS, :STREAMS])
-        read, write = (other[:2, :STREAMS] * WIDTH**0.5).softmax(-1)
+        read, write = (other[:2, :STREAMS] * WIDTH**0.5).softmax(1)
         update = sublayer(normed(torch.einsum("s,std->td", read, x)))
         return torch.einsum("rs,std->rtd", mixing, x) + write[:, None, None] * update
 

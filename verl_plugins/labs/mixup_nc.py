@@ -106,8 +106,8 @@ def descended(classifier: Tensor, target: Tensor, feature_l2: float, steps: int)
 
 
 def minimised(classifier: Tensor, target: Tensor, feature_l2: float, seed: int) -> Tensor:
-    """Features [n, d] where L-BFGS ends, from random ones, on the loss itself."""
-    start = torch.randn(len(target), classifier.shape[1], generator=torch.Generator().manual_seed(seed)).double()
+    """Features [n, d] of a square classifier where L-BFGS ends, from random ones, on the loss itself."""
+    start = torch.randn(target.shape, generator=torch.Generator().manual_seed(seed)).double()
     features = start.requires_grad_()
     optimizer = torch.optim.LBFGS(
         [features], max_iter=5000, tolerance_grad=1e-11, tolerance_change=0, line_search_fn="strong_wolfe"

@@ -30,6 +30,8 @@ from verl_plugins.plugin import setting
 
 SIDE = 16
 """Pixels of an image's side."""
+HIDDEN, LATENTS = 128, 16
+"""Of the VAE."""
 SWEEP = 2.0, 4.0, 8.0, 16.0, 24.0, 32.0
 """Largest changes in the picture, in 1/255."""
 Encoder = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -87,18 +89,25 @@ def attack(
 
 
 class Vae(nn.Module):
-    """Images [n, pixels] to a posterior of 16 dimensions and back."""
+    """Images [n, pixels] to a posterior [n, latents] and back."""
 
     def __init__(self) -> None:
         super().__init__()
-        pixels, hidden, latents = SIDE * SIDE, 128, 16
-        self.encoder = nn.Sequential(nn.Linear(pixels, hidden), nn.SiLU(), nn.Linear(hidden, 2 * latents))
-        self.decoder = nn.Sequential(nn.Linear(latents, hidden), nn.SiLU(), nn.Linear(hidden, pixels), nn.Sigmoid())
+        pixels = SIDE * SIDE
+        self.encoder = nn.Sequential(nn.Linear(pixels, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, 2 * LATENTS))
+        self.decoder = nn.Sequential(nn.Linear(LATENTS, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, pixels), nn.Sigmoid())
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance [n, latents]."""
         mean, logvar = self.encoder(images).chunk(2, 1)
         return mean, logvar
+
+    def loss(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Ten times the squared error of a sample, made with noise [n, latents], plus KL to N(0, I): mean over images."""
+        mean, logvar = self.encode(images)
+        error = (self.decoder(mean + (logvar / 2).exp() * noise) - images).square().sum(1)
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(1)
+        return (10 * error + kl).mean()
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """From the posterior's mean."""
@@ -121,7 +130,7 @@ def rectangles(count: int, generator: torch.Generator) -> Tensor:
 
 
 def trained(steps: int, seed: int, progress: Progress) -> Vae:
-    """A VAE on rectangles: ten times the squared error, plus KL."""
+    """A VAE on rectangles."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = Vae()
@@ -130,13 +139,9 @@ def trained(steps: int, seed: int, progress: Progress) -> Vae:
     for step in range(steps):
         if step % 100 == 0:
             progress(0.8 * step / steps, "training a VAE")
-        images = rectangles(128, generator)
-        mean, logvar = vae.encode(images)
-        latents = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator)
-        error = (vae.decoder(latents) - images).square().sum(1)
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(1)
+        loss = vae.loss(rectangles(128, generator), torch.randn(128, LATENTS, generator=generator))
         optimizer.zero_grad()
-        (10 * error + kl).mean().backward()
+        loss.backward()
         optimizer.step()
     return vae.requires_grad_(False)
 

@@ -151,6 +151,36 @@ def test_a_fit_reaches_the_theory(sizes):
     assert torch.allclose(strengths_of(model), problem.strengths, atol=2e-3)
 
 
+class TestClaims:
+    """Each is false on the other side of its threshold."""
+
+    @pytest.mark.parametrize(
+        ("stretched", "above", "count", "holds"),
+        [
+            (0.0, 0.0, 0, [True, True, True]),
+            (3e-4, 0.9e-6, 0, [True, True, True]),
+            (3e-3, 0.0, 0, [False, True, True]),
+            (0.0, 1.1e-6, 0, [True, False, True]),
+            (0.0, -1e-6, 0, [True, False, True]),
+            (0.0, 0.0, 1, [True, True, False]),
+        ],
+    )
+    def test_agreement(self, stretched, above, count, holds):
+        problem = Problem("", torch.eye(2).double(), 0, 2, 1.0, 0.5)
+        model = optimal_model(problem)
+        moved = replace(model, decoder=model.decoder * (1 + stretched))
+        losses = [float(expected_loss(model, problem)), float(expected_loss(model, problem)) + above]
+        found = beyond_vanilla_vae._agreement([problem] * 2, [model, moved], losses, [0, count])
+        assert [claim.holds for claim in found] == holds
+        assert found[2].measured == f"in {2 - count}"
+
+    @pytest.mark.parametrize(
+        ("counts", "holds"), [([0, 1, 1, 2], True), ([0, 2, 1, 3], False), ([2, 2, 2], False), ([3, 2, 1], False)]
+    )
+    def test_more(self, counts, holds):
+        assert beyond_vanilla_vae._more("", "", [0.1] * len(counts), counts, "paper").holds is holds
+
+
 class TestLab:
     @pytest.fixture(scope="class")
     def found(self):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lab_page import not_on_page
+from lab_page import PAGES, not_on_page
 
 from verl_plugins.labs import mgt
 from verl_plugins.labs.mgt import (
@@ -24,6 +25,8 @@ from verl_plugins.labs.mgt import (
 )
 
 FEW = settings(max_examples=40, deadline=None)
+PAGE = PAGES / "mgt.md"
+NAMED = r"(\w[\w ,.-]*?) (\d+\.\d) / (\d\.\d\d)"
 SEED = st.integers(0, 10_000)
 
 
@@ -156,6 +159,100 @@ def test_the_block_in_plain_python(seed):
             assert float(y[t, d]) == pytest.approx(row[d] + beta * (float(raw[t, d]) * open_ - 0.4 * row[d]))
 
 
+class TestStacks:
+    """What each kind of stack makes of x, written once more."""
+
+    ALPHA, SCALE = 0.3, 0.6
+
+    @pytest.fixture
+    def step(self):
+        x, one, other, inner = (drawn(seed, 64, 64) / 8 for seed in range(4))
+
+        def sublayer(h):
+            return torch.sin(h @ inner)
+
+        made = mgt.stacks(Settings(beta_scale=self.SCALE, alpha=self.ALPHA))
+        return x, sublayer, one, other, {name: stack(x, sublayer, one, other) for name, stack in made.items()}
+
+    def norm(self, x):
+        return (x - x.mean(1, keepdim=True)) / (x.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+
+    def test_without_and_with_skips(self, step):
+        x, sublayer, _, _, made = step
+        assert torch.allclose(made["no skip"], sublayer(self.norm(x)))
+        assert torch.allclose(made["post-norm"], self.norm(x + sublayer(x)))
+        assert torch.allclose(made["pre-norm residual"], x + sublayer(self.norm(x)))
+
+    def test_gates_and_signs(self, step):
+        x, sublayer, one, other, made = step
+        update = sublayer(self.norm(x)) * self.norm(x @ one.T).sigmoid()
+        beta = self.SCALE * (x @ other.T).tanh()
+        assert torch.allclose(made["gate"], x + update)
+        assert torch.allclose(made["gate and signed beta"], x + beta * update)
+        assert torch.allclose(made["the same, alpha 0.3"], x + beta * (update - self.ALPHA * x))
+
+    def test_delta_learning(self, step):
+        x, sublayer, one, other, made = step
+        k = sublayer(self.norm(x))
+        k = k / k.norm(dim=1, keepdim=True)
+        beta, v = 2 * (self.norm(x) @ one[0]).sigmoid(), 4 * (x @ other[0]).sigmoid()
+        expected = x + beta[:, None] * (v - (k * x).sum(1))[:, None] * k
+        assert torch.allclose(made["delta learning"], expected)
+
+    def test_streams(self, step):
+        """Twice: at first all streams are x."""
+        x, sublayer, one, other, made = step
+        mixing = doubly_stochastic(one[:4, :4])
+        read, write = ((8 * other[row, :4]).softmax(0) for row in (0, 1))
+        first = made["four streams, mixed"]
+        for stream in range(4):
+            expected = mixing[stream].sum() * x + write[stream] * sublayer(self.norm(x))
+            assert torch.allclose(first[stream], expected)
+        second = mgt.stacks(Settings())["four streams, mixed"](first, sublayer, one, other)
+        seen = sum(read[stream] * first[stream] for stream in range(4))
+        for stream in range(4):
+            expected = sum(mixing[stream, other_] * first[other_] for other_ in range(4))
+            assert torch.allclose(second[stream], expected + write[stream] * sublayer(self.norm(seen)))
+
+    def test_sublayers_are_attention_and_mlp_with_weights_that_keep_the_size(self):
+        """Of tokens with unit entries, a layer's values have about unit entries, an MLP's half of them."""
+        layers = list(mgt.sublayers(20, torch.Generator().manual_seed(0)))
+        assert len(layers) == 40
+        same = torch.ones(5, 1).double() * drawn(1, 1, 64)
+        for attention, mlp in zip(layers[::2], layers[1::2], strict=True):
+            out = attention(same)
+            assert torch.allclose(out, out[:1].expand_as(out))  # what is attended to is the same everywhere
+            assert torch.allclose(mlp(3 * same), 3 * mlp(same))
+        sizes = [[float(one(same).square().mean() / same.square().mean()) for one in layers[n::2]] for n in (0, 1)]
+        assert sum(sizes[0]) / 20 == pytest.approx(1, abs=0.15)
+        assert sum(sizes[1]) / 20 == pytest.approx(0.5, abs=0.1)
+
+
+class TestClaims:
+    NAMES = ("none", "post", "residual", "gate", "streams", "delta", "signed", "erasing")
+    RANKS = {"none": 1, "post": 2, "residual": 5, "gate": 6, "streams": 4, "delta": 7, "signed": 8, "erasing": 7}
+
+    def failed(self, **ranks: float) -> list[int]:
+        """Places of the claims that fail when the last of three seeds has these ranks."""
+        ends = {name: torch.tensor([rank, rank, ranks.get(name, rank)]).double() for name, rank in self.RANKS.items()}
+        found = mgt._claims(ends, list(self.NAMES))
+        return [place for place, claim in enumerate(found) if not claim.holds]
+
+    def test_each_is_false_when_one_seed_says_otherwise(self):
+        assert self.failed() == []
+        assert self.failed(none=2.6) == [0] and self.failed(none=2.4) == []
+        assert self.failed(post=2.6) == [1] and self.failed(post=2.4) == []
+        assert self.failed(residual=6.1, none=1) == [2]
+        assert self.failed(signed=6.5) == [4] and self.failed(signed=5.5) == [3, 4]
+        assert self.failed(erasing=5.9) == [5]
+        assert self.failed(streams=100) == []
+
+    def test_the_factor_is_told_where_there_is_one(self):
+        ends = {name: torch.tensor([float(rank)]) for name, rank in self.RANKS.items()}
+        told = [claim.expected.count("by a factor of 2 ") for claim in mgt._claims(ends, list(self.NAMES))]
+        assert told == [1, 1, 0, 0, 0, 0]
+
+
 class TestLab:
     @pytest.fixture(scope="class")
     def found(self):
@@ -164,6 +261,18 @@ class TestLab:
     def test_every_claim_holds_and_stands_on_the_page(self, found):
         assert found.failed == []
         assert not_on_page("mgt", found, close=0.03) == []
+
+    def test_ranks_and_cosines_that_are_told_are_on_the_page(self, found):
+        told = [(name, *map(float, pair)) for name, *pair in re.findall(NAMED, found.notes[0])]
+        page = [
+            (name, *map(float, pair))
+            for name, *pair in re.findall(NAMED, PAGE.read_text().split("## Measured here")[1])
+        ]
+        assert [numbers for _, *numbers in told] == [pytest.approx(numbers, abs=0.5) for _, *numbers in page]
+        assert len(told) == 8
+        curves = {curve.label: curve.y[-1] for curve in found.panels[0].curves}
+        assert [rank for _, rank, _ in told] == pytest.approx(list(curves.values()), abs=0.06)
+        assert found.notes[1].split()[8] == f"{found.panels[0].curves[0].y[0]:.1f}:"
 
     def test_every_stack_starts_with_the_same_tokens(self, found):
         curves = found.panels[0].curves

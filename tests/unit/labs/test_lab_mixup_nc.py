@@ -131,6 +131,46 @@ def test_gradient_descent_and_l_bfgs_end_there(classes):
     assert torch.allclose(minimised(classifier, target, 0.01, 3), features, atol=1e-6)
 
 
+class TestClaims:
+    """Each is false on the other side of its threshold."""
+
+    @pytest.mark.parametrize(("gap", "holds"), [(0.9e-6, True), (1.1e-6, False), (0.5, False), (math.nan, False)])
+    def test_same(self, gap, holds):
+        assert mixup_nc._same("", gap).holds is holds
+
+    @pytest.mark.parametrize(("turned", "holds"), [(0.0, True), (1e-2, False), (1.0, False)])
+    def test_aligned(self, turned, holds):
+        classifier = simplex_etf(3, 2.0)
+        assert (
+            mixup_nc._aligned(5 * classifier[0] + turned * (classifier[1] - classifier[2]), classifier).holds is holds
+        )
+
+    @pytest.mark.parametrize(
+        ("height", "share", "holds"),
+        [
+            (5.0, 0.45, [True, True, True]),
+            (0.4, 0.45, [False, True, True]),
+            (5.0, 0.55, [True, False, True]),
+            (-5.0, 0.45, [True, True, False]),
+        ],
+    )
+    def test_shape(self, height, share, holds):
+        """Straight mixes at (4, 4 … 0), the features above or below them; logits of the two classes 10 and 0."""
+        straight = torch.tensor([[4.0, 4.0], [3.0, 4.0], [1.0, 4.0], [0.0, 4.0]]).double()
+        features = straight + torch.tensor([0.0, height]).double()
+        features[0] = straight[0]
+        logits = torch.tensor([[10.0, 0.0], [8 * share, 0.0], [2.0, 0.0], [0.0, 0.0]]).double()
+        assert [claim.holds for claim in mixup_nc._shape(features, straight, logits)] == holds
+
+    def test_one_short_feature_is_enough_to_fail(self):
+        straight = torch.tensor([[4.0, 4.0], [3.0, 4.0], [1.0, 4.0], [0.0, 4.0]]).double()
+        for place in (1, 2, 3):
+            features = 2 * straight
+            features[place] = 0.5 * straight[place]
+            found = mixup_nc._shape(features, straight, torch.zeros(4, 2).double())
+            assert not found[2].holds
+
+
 class TestLab:
     @pytest.fixture(scope="class")
     def found(self):

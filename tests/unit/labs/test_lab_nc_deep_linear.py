@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from lab_page import not_on_page
 from verl_plugins.labs import nc_deep_linear
 from verl_plugins.labs.nc_deep_linear import (
     PROBLEMS,
+    Ends,
     Problem,
     Settings,
     Weights,
@@ -44,6 +47,19 @@ def test_no_other_response_is_better(share, cost, layers):
     values = class_objective(grid, share, cost, layers)
     assert float(class_objective(p, share, cost, layers)) <= float(values.min()) + 1e-12
     assert 0 <= float(p) <= 1
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 5])
+def test_a_class_is_lost_exactly_where_losing_it_is_better(layers):
+    """Over a fine row of costs, of which the last ones lose the class, against a grid of responses."""
+    share, costs = 0.6, torch.linspace(0.001, 0.7, 700).double()
+    p = fitted(torch.full_like(costs, share), costs, layers)
+    grid = torch.linspace(1e-4, 1, 4000).double()
+    best = class_objective(grid[:, None], torch.tensor(share).double(), costs, layers).amin(0)
+    kept = best < share / 2
+    clear = (best - share / 2).abs() > 1e-5
+    assert torch.equal((p > 0)[clear], kept[clear])
+    assert bool(kept[0]) and not bool(kept[-1]) and int(clear.sum()) > 500
 
 
 @FEW
@@ -122,6 +138,63 @@ def test_without_samples_there_is_no_optimum():
 
 def test_labels_are_sorted_by_class():
     assert labels(Problem((2, 1), (0.1,), 0.1)).tolist() == [[1, 1, 0], [0, 0, 1]]
+
+
+def at_the_optimum(problem: Problem, gap: float = 0.0, small_gap: float = 1.0) -> Ends:
+    return Ends(problem, optimum(problem), Weights.of(optimal_weights(problem), problem), gap, small_gap)
+
+
+class TestClaims:
+    """Each is false on the other side of its threshold."""
+
+    @pytest.mark.parametrize(
+        ("gap", "cosine", "within", "holds"),
+        [
+            (0.9e-7, 0.9e-6, 0.9e-4, [True, True, True]),
+            (1.1e-7, 0.0, 0.0, [False, True, True]),
+            (-1e-9, 0.0, 0.0, [False, True, True]),
+            (0.0, 1.1e-6, 0.0, [True, False, True]),
+            (0.0, 0.0, 1.1e-4, [True, True, False]),
+        ],
+    )
+    def test_agreement(self, gap, cosine, within, holds):
+        every = [
+            SimpleNamespace(gap=0.0, cosine=0.0, within=0.0),
+            SimpleNamespace(gap=gap, cosine=cosine, within=within),
+        ]
+        assert [claim.holds for claim in nc_deep_linear._agreement(every)] == holds
+
+    def test_sizes(self):
+        ends = {name: at_the_optimum(problem) for name, problem in PROBLEMS.items()}
+
+        def holds(**changed: Ends) -> list[bool]:
+            return [claim.holds for claim in nc_deep_linear._sizes(ends | changed)]
+
+        assert holds() == [True, True, True]
+        far = at_the_optimum(Problem((20, 8, 3), (0.05,), 0.01))
+        assert holds(**{nc_deep_linear.SLOPES: far}) == [False, True, True]
+        kept = replace(ends[nc_deep_linear.VANISHING], best=ends["one layer"].best)
+        assert holds(**{nc_deep_linear.VANISHING: kept}) == [True, False, True]
+        for gap, said in ((1.1e-3, True), (0.9e-3, False)):
+            lost = replace(ends[nc_deep_linear.LOST], small_gap=gap)
+            assert holds(**{nc_deep_linear.LOST: lost}) == [True, True, said]
+
+    def test_cosine_and_spread_see_what_they_should(self):
+        ends = at_the_optimum(PROBLEMS["one layer, a class vanishes"])
+        assert ends.cosine < 1e-9 and ends.within < 1e-9
+        features = ends.best.features.clone()
+        features[:, 0] += 0.3 * features[:, 25]
+        moved = replace(ends, best=replace(ends.best, features=features))
+        y = labels(ends.problem)
+        means = [features[:, y[k] == 1].mean(1) for k in range(3)]
+        expected = float(means[0] @ means[1] / (means[0].norm() * means[1].norm()))
+        assert moved.cosine == pytest.approx(expected) and expected > 0.01
+        spread = torch.cat([features[:, y[k] == 1] - means[k][:, None] for k in range(3)], 1)
+        assert moved.within == pytest.approx(float(spread.norm() / features.norm()))
+
+    def test_exponents_are_those_of_a_power_of_the_class_size(self):
+        ends = at_the_optimum(Problem((16, 4, 1), (1e-6,), 1e-9))
+        assert nc_deep_linear._slopes(ends) == pytest.approx((-0.25, 0.25), abs=1e-4)
 
 
 class TestLab:

@@ -13,7 +13,7 @@ from lab_page import not_on_page
 from verl_plugins.composition.settings import typed
 from verl_plugins.errors import CompositionError
 from verl_plugins.labs import posterior_collapse_attack
-from verl_plugins.labs.posterior_collapse_attack import Settings, attack, collapse_loss, rectangles, trained
+from verl_plugins.labs.posterior_collapse_attack import Effect, Settings, attack, collapse_loss, rectangles, trained
 
 FEW = settings(max_examples=40, deadline=None)
 SEED = st.integers(0, 10_000)
@@ -141,10 +141,51 @@ def test_rectangles_are_bright_on_dark_and_wholly_inside(seed):
         assert int((image == values[1]).sum()) == sides[0] * sides[1]
 
 
+def test_the_loss_of_the_vae_in_plain_python():
+    vae, images = trained(3, 0, silent).double(), rectangles(2, torch.Generator().manual_seed(0)).double()
+    noise = drawn(1, 2, 16)
+    mean, logvar = vae.encode(images)
+    total = 0.0
+    for n in range(2):
+        moments = list(zip(mean[n].tolist(), logvar[n].tolist(), noise[n].tolist(), strict=True))
+        sample = torch.tensor([m + math.sqrt(math.exp(s)) * e for m, s, e in moments]).double()
+        total += 10 * float((vae.decoder(sample) - images[n]).square().sum())
+        total += sum(0.5 * (m * m + math.exp(s) - 1 - s) for m, s, _ in moments)
+    assert float(vae.loss(images, noise)) == pytest.approx(total / 2, rel=1e-5)
+
+
 @pytest.mark.parametrize("v", [0.0, -1.0])
 def test_a_target_variance_that_is_none_is_refused(v):
     with pytest.raises(CompositionError, match="must be greater than 0, or null"):
         typed(Settings, {"v": v}, "posterior_collapse_attack", "lab")
+
+
+class TestClaims:
+    """Each is false on the other side of its threshold."""
+
+    @pytest.mark.parametrize(
+        ("error", "length", "holds"),
+        [(1.6, 1.9, [True, True]), (1.4, 1.9, [False, True]), (1.6, 2.1, [True, False]), (1.5, 2.0, [True, False])],
+    )
+    def test_harm(self, error, length, holds):
+        found, noise, clean = Effect(error, length), Effect(1.0, 3.0), Effect(0.5, 2.0)
+        assert [claim.holds for claim in posterior_collapse_attack._claims(found, noise, clean)] == holds
+        swapped = posterior_collapse_attack._claims(found, Effect(1.0, 2.0), Effect(0.5, 3.0))
+        assert [claim.holds for claim in swapped] == holds
+
+    @pytest.mark.parametrize(
+        ("change", "pixels", "losses", "holds"),
+        [
+            (16.0, [0.0, 1.0], [1.0, 5.0, 2.0], [True, True]),
+            (16.1, [0.0, 1.0], [1.0, 2.0], [False, True]),
+            (15.0, [-0.01, 1.0], [1.0, 2.0], [False, True]),
+            (15.0, [0.0, 1.01], [1.0, 2.0], [False, True]),
+            (16.0, [0.5, 0.5], [1.0, 5.0, 1.0], [True, False]),
+        ],
+    )
+    def test_bounds(self, change, pixels, losses, holds):
+        found = posterior_collapse_attack._bounds(change, losses, torch.tensor(pixels), Settings())
+        assert [claim.holds for claim in found] == holds
 
 
 class TestLab:
