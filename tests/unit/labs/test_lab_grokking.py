@@ -104,18 +104,29 @@ def test_looks_are_at_the_first_every_tenth_and_the_last_epoch():
     assert [*courses][-1].epochs == [1, 10, 20, 25]
 
 
+def test_a_training_with_nothing_left_to_learn_ends():
+    sgd = lambda parts: torch.optim.SGD(parts, 0.5)  # noqa: E731
+    task, layers = all_sums(5, 0.5, 0), network(5, 16, 0)
+    with torch.no_grad():
+        first = float(losses(logits(layers, task.pairs), task.sums).mean())
+    *_, course = trained(task, layers, sgd, 500, perp=False, shape=lambda z: z, enough=0.9 * first)
+    with torch.no_grad():
+        left = float(losses(logits(layers, task.pairs), task.sums).mean())
+    assert 1 < course.epochs[-1] < 500 and left < 0.9 * first
+
+
 class Played:
     """Stands for `trained`: gives courses that were made up, and keeps what it was asked for."""
 
     def __init__(self, *courses: Course) -> None:
         self.courses, self.asked = iter(courses), []
 
-    def __call__(self, task, layers, optimizer, epochs, *, perp, shape):
+    def __call__(self, task, layers, optimizer, epochs, *, perp, shape, enough=0.0):
         made = optimizer(layers)
         kept = {name: made.defaults[name] for name in ("lr", "weight_decay", "momentum") if name in made.defaults}
         tried = shape(torch.tensor([2.0])).item()
         start = [layer.detach().clone() for layer in layers]
-        self.asked.append((type(made).__name__, kept, epochs, perp, tried, start, len(task.pairs)))
+        self.asked.append((type(made).__name__, kept, epochs, perp, tried, start, len(task.pairs), enough))
         yield next(self.courses)
 
 
@@ -138,14 +149,14 @@ class TestClaims:
         return claims(monkeypatch, grokking.perp_grad, PerpGradSettings(**self.SMALL, learning_rate=0.3), *courses)
 
     def stablemax(self, monkeypatch, *courses: Course):
-        settings = StableMaxSettings(**self.SMALL, learning_rate=0.3, momentum=0.6)
+        settings = StableMaxSettings(**self.SMALL, learning_rate=0.3, momentum=0.6, enough=0.2)
         return claims(monkeypatch, grokking.stablemax, settings, *courses)
 
     def test_perp_grad_trains_twice_from_the_same_weights(self, monkeypatch):
         _, (one, other) = self.perp_grad(monkeypatch, course(0.996), course(0.0))
         assert one[:5] == ("AdamW", {"lr": 0.3, "weight_decay": 0.0}, 8, True, 2.0)
         assert other[:5] == ("AdamW", {"lr": 0.3, "weight_decay": 0.0}, 8, False, 2.0)
-        assert all(map(torch.equal, one[5], other[5])) and one[6] == 24
+        assert all(map(torch.equal, one[5], other[5])) and one[6:] == other[6:] == (24, 0.0)
         assert all(map(torch.equal, one[5], network(7, 6, 3)))
 
     def test_stablemax_trains_twice_on_orthogonal_gradients(self, monkeypatch):
@@ -153,7 +164,7 @@ class TestClaims:
         sgd = ("SGD", {"lr": 0.3, "weight_decay": 0, "momentum": 0.6}, 8, True)
         assert one[:4] == other[:4] == sgd
         assert one[4] == pytest.approx(math.log(3)) and other[4] == 2.0
-        assert all(map(torch.equal, one[5], other[5]))
+        assert all(map(torch.equal, one[5], other[5])) and one[6:] == other[6:] == (24, 0.2)
 
     def test_what_perp_grad_says(self, monkeypatch):
         found, _ = self.perp_grad(monkeypatch, course(0.996, largest=20), course(0.04, along=0.5, largest=40))
