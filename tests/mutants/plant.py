@@ -82,7 +82,7 @@ def left_out(source: str) -> list[tuple[int, int]]:
     for node in ast.walk(module):
         parts: list[Any] = [getattr(node, name, None) for name in ("annotation", "returns")]
         parts += getattr(node, "decorator_list", [])
-        settings = isinstance(node, ast.ClassDef) and node.name in ("Config", "Settings")
+        settings = isinstance(node, ast.ClassDef) and node.name.endswith(("Config", "Settings"))
         said = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "progress"
         if isinstance(node, ast.Raise) or settings or said:
             parts.append(node)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lab_page import not_on_page
 
 from verl_plugins import CompositionError
 from verl_plugins.labs import grokking
 from verl_plugins.labs.grokking import (
+    Course,
     PerpGradSettings,
     StableMaxSettings,
     all_sums,
@@ -104,22 +104,126 @@ def test_looks_are_at_the_first_every_tenth_and_the_last_epoch():
     assert [*courses][-1].epochs == [1, 10, 20, 25]
 
 
-class TestPerpGrad:
-    @pytest.fixture(scope="class")
-    def found(self):
-        return grokking.perp_grad(PerpGradSettings(), 0, lambda share, what: None)
+def test_a_training_with_nothing_left_to_learn_ends():
+    sgd = lambda parts: torch.optim.SGD(parts, 0.5)  # noqa: E731
+    task, layers = all_sums(5, 0.5, 0), network(5, 16, 0)
+    with torch.no_grad():
+        first = float(losses(logits(layers, task.pairs), task.sums).mean())
+    *_, course = trained(task, layers, sgd, 500, perp=False, shape=lambda z: z, enough=0.9 * first)
+    with torch.no_grad():
+        left = float(losses(logits(layers, task.pairs), task.sums).mean())
+    assert 1 < course.epochs[-1] < 500 and left < 0.9 * first
 
-    def test_every_claim_holds_and_stands_on_the_page(self, found):
+
+class Played:
+    """Stands for `trained`: gives courses that were made up, and keeps what it was asked for."""
+
+    def __init__(self, *courses: Course) -> None:
+        self.courses, self.asked = iter(courses), []
+
+    def __call__(self, task, layers, optimizer, epochs, *, perp, shape, enough=0.0):
+        made = optimizer(layers)
+        kept = {name: made.defaults[name] for name in ("lr", "weight_decay", "momentum") if name in made.defaults}
+        tried = shape(torch.tensor([2.0])).item()
+        start = [layer.detach().clone() for layer in layers]
+        self.asked.append((type(made).__name__, kept, epochs, perp, tried, start, len(task.pairs), enough))
+        yield next(self.courses)
+
+
+def course(held_out: float, known: float = 0.995, along: float = 0.9, largest: float = 20.0) -> Course:
+    return Course([1, 8], [0.1, known], [0.2, held_out], [0.04, along], [50.0, largest])
+
+
+def claims(monkeypatch, lab, settings, *courses: Course):
+    played = Played(*courses)
+    monkeypatch.setattr(grokking, "trained", played)
+    return lab(settings, 3, lambda share, what: None), played.asked
+
+
+class TestClaims:
+    """What the labs make of two trainings."""
+
+    SMALL = {"modulus": 7, "width": 6, "train_share": 0.5, "epochs": 8}
+
+    def perp_grad(self, monkeypatch, *courses: Course):
+        return claims(monkeypatch, grokking.perp_grad, PerpGradSettings(**self.SMALL, learning_rate=0.3), *courses)
+
+    def stablemax(self, monkeypatch, *courses: Course):
+        settings = StableMaxSettings(**self.SMALL, learning_rate=0.3, momentum=0.6, enough=0.2)
+        return claims(monkeypatch, grokking.stablemax, settings, *courses)
+
+    def test_perp_grad_trains_twice_from_the_same_weights(self, monkeypatch):
+        _, (one, other) = self.perp_grad(monkeypatch, course(0.996), course(0.0))
+        assert one[:5] == ("AdamW", {"lr": 0.3, "weight_decay": 0.0}, 8, True, 2.0)
+        assert other[:5] == ("AdamW", {"lr": 0.3, "weight_decay": 0.0}, 8, False, 2.0)
+        assert all(map(torch.equal, one[5], other[5])) and one[6:] == other[6:] == (24, 0.0)
+        assert all(map(torch.equal, one[5], network(7, 6, 3)))
+
+    def test_stablemax_trains_twice_on_orthogonal_gradients(self, monkeypatch):
+        _, (one, other) = self.stablemax(monkeypatch, course(0.996), course(0.0))
+        sgd = ("SGD", {"lr": 0.3, "weight_decay": 0, "momentum": 0.6}, 8, True)
+        assert one[:4] == other[:4] == sgd
+        assert one[4] == pytest.approx(math.log(3)) and other[4] == 2.0
+        assert all(map(torch.equal, one[5], other[5])) and one[6:] == other[6:] == (24, 0.2)
+
+    def test_what_perp_grad_says(self, monkeypatch):
+        found, _ = self.perp_grad(monkeypatch, course(0.996, largest=20), course(0.04, along=0.5, largest=40))
+        assert [claim.measured for claim in found.claims] == [
+            "100 %",
+            "100 % and 4 %",
+            "50 % against 4 %",
+            "20 against 40",
+        ]
         assert found.failed == []
-        assert not_on_page("perp_grad", found, close=0.1) == []
+        assert [curve.y for curve in found.panels[1].curves] == [[0.04, 0.9], [0.04, 0.5]]
 
-    def test_what_is_drawn(self, found):
-        accuracy, along = found.panels
-        assert [curve.label for curve in accuracy.curves] == ["⊥AdamW, held out", "", "AdamW, held out", ""]
-        orthogonal, _, plain, known = (list(curve.y) for curve in accuracy.curves)
-        assert orthogonal[-1] > 0.99 > 0.05 > max(plain) and known[-1] > 0.99
-        assert [curve.label for curve in along.curves] == ["⊥AdamW", "AdamW"]
-        assert all(0 <= share <= 1.001 for curve in along.curves for share in curve.y)
+    def test_what_stablemax_says(self, monkeypatch):
+        found, _ = self.stablemax(monkeypatch, course(0.91, largest=30), course(0.4))
+        assert [claim.measured for claim in found.claims[:2]] == ["91 %", "100 % and 40 %"]
+        assert found.failed == []
+        assert [curve.y for curve in found.panels[1].curves] == [[50, 30], [50, 20]]
+
+    @pytest.mark.parametrize(
+        ("one", "other", "place"),
+        [
+            (course(0.989), course(0.0), 0),
+            (course(0.996), course(0.06), 1),
+            (course(0.996), course(0.0, known=0.98), 1),
+            (course(0.996), course(0.0, along=0.03, largest=21.0), 2),
+            (course(0.996, largest=21.0), course(0.0), 3),
+        ],
+    )
+    def test_claims_of_perp_grad_can_fail(self, monkeypatch, one, other, place):
+        found, _ = self.perp_grad(monkeypatch, one, other)
+        assert not found.claims[place].holds
+
+    @pytest.mark.parametrize(
+        ("one", "other", "place"),
+        [(course(0.89), course(0.0), 0), (course(0.95), course(0.51), 1), (course(0.95), course(0.4, known=0.9), 1)],
+    )
+    def test_claims_of_stablemax_can_fail(self, monkeypatch, one, other, place):
+        found, _ = self.stablemax(monkeypatch, one, other)
+        assert [claim.holds for claim in found.claims] == [number != place for number in range(4)]
+
+    @pytest.mark.parametrize("wrong", [lambda z: z, lambda z: symlog(z) * 1.001])
+    def test_another_transform_is_not_the_paper_s_quotient(self, monkeypatch, wrong):
+        assert grokking._apart(0) < 1e-12
+        monkeypatch.setattr(grokking, "symlog", wrong)
+        found, _ = self.stablemax(monkeypatch, course(0.95), course(0.4))
+        assert not found.claims[2].holds
+
+    def test_a_transform_that_saturates_is_noticed(self, monkeypatch):
+        monkeypatch.setattr(grokking, "symlog", lambda z: 2 * z)
+        found, _ = self.stablemax(monkeypatch, course(0.95), course(0.4))
+        assert not found.claims[3].holds and found.claims[3].measured.startswith("from ")
+
+
+class TestSmall:
+    """The labs on small tasks."""
+
+    def test_what_perp_grad_claims_holds_for_sums_modulo_23_too(self):
+        settings = PerpGradSettings(modulus=23, width=100, train_share=0.8, epochs=200)
+        assert grokking.perp_grad(settings, 0, lambda share, what: None).failed == []
 
     def test_too_few_epochs_are_noticed(self):
         settings = PerpGradSettings(modulus=11, width=20, epochs=5)
@@ -131,24 +235,6 @@ class TestPerpGrad:
         settings = PerpGradSettings(modulus=5, width=4, epochs=10)
         grokking.perp_grad(settings, 0, lambda share, what: told.append((share, what)))
         assert told == [(0.05, "⊥AdamW"), (0.5, "⊥AdamW"), (0.55, "AdamW"), (1.0, "AdamW")]
-
-
-class TestStableMax:
-    @pytest.fixture(scope="class")
-    def found(self):
-        return grokking.stablemax(StableMaxSettings(), 0, lambda share, what: None)
-
-    def test_every_claim_holds_and_stands_on_the_page(self, found):
-        assert found.failed == []
-        by_rounding = {"the softmax of symlog is the paper's quotient"}
-        missing = not_on_page("stablemax", found, close=0.2)
-        assert [row for row in missing if not any(name in row for name in by_rounding)] == []
-
-    def test_what_is_drawn(self, found):
-        accuracy, largest = found.panels
-        assert [curve.label for curve in accuracy.curves] == ["StableMax, held out", "", "softmax, held out", ""]
-        assert largest.curves[0].label == "StableMax" and largest.curves[0].y[-1] > 10
-        assert "80,000 epochs" in found.notes[0]
 
     @pytest.mark.parametrize("change", [{"epochs": 5}, {"learning_rate": 1e-4, "epochs": 30}])
     def test_what_learns_too_little_is_noticed(self, change):
@@ -163,3 +249,13 @@ class TestStableMax:
         assert 112 * math.exp(-22) < 2**-24 < 112 * math.exp(-21) and math.exp(-17) < 2**-24 < math.exp(-16)
         assert 17 <= grokking._saturated(113, lambda z: z) <= 22
         assert grokking._saturated(113, symlog) is None
+
+    def test_both_trainings_start_alike_and_only_one_is_orthogonal(self):
+        settings = PerpGradSettings(modulus=7, width=8, epochs=1)
+        accuracy, along = grokking.perp_grad(settings, 4, lambda share, what: None).panels
+        one, _, other, _ = accuracy.curves
+        assert along.curves[0].y == along.curves[1].y and list(one.x) == list(other.x) == [1]
+        largest = grokking.stablemax(
+            StableMaxSettings(modulus=7, width=8, epochs=1), 4, lambda share, what: None
+        ).panels[1]
+        assert largest.curves[0].y == largest.curves[1].y

@@ -90,6 +90,7 @@ class TestRadius:
     @FEW
     @given(st.floats(0, 1e6), st.floats(0.1, 10))
     def test_what_is_left_is_within_the_target(self, ratio, target):
+        assert scale(ratio) == scale(ratio, 1.0)
         by = scale(ratio, target)
         assert 0 < by <= 1 and by * ratio <= target * (1 + 1e-12)
         assert (by == 1) == (ratio <= target)
@@ -137,6 +138,22 @@ def by_derivative(before: torch.Tensor, after: torch.Tensor) -> float:
 
 
 class TestPlugin:
+    def test_the_derivative_is_taken_forwards_at_the_displacement_asked_for(self):
+        _, before, after = plain(0.5)
+        actor, length = FakeActor(), float((after - before).norm())
+        distance = 0.3 * float(before.norm())
+        sizes = [part.numel() for part in actor.parameters()]
+
+        def parts(values: torch.Tensor) -> list[torch.Tensor]:
+            split = zip(values.split(sizes), actor.parameters(), strict=True)
+            return [one.reshape(part.shape) for one, part in split]
+
+        further = before + distance / length * (after - before)
+        change = (actor.logits(16, at=parts(further)) - actor.logits(16, at=parts(before))) / distance
+        expected = length * float((change.amax(-1) - change.amin(-1)).max()) / math.pi
+        told = step(actor, 0.5, mode="diagnose", displacement=0.3)
+        assert told["r_proposed"] == pytest.approx(expected, rel=1e-4)
+
     @pytest.mark.parametrize("rate", [1e-3, 0.1, 10.0])
     @pytest.mark.parametrize("target", [0.5, 1.0])
     def test_the_step_is_as_long_as_the_radius_allows_and_no_longer(self, rate, target):

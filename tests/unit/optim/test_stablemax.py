@@ -168,6 +168,14 @@ class TestSaturation:
         actor.gather = lambda values: torch.cat([values, other])
         assert self.looked(actor)["logit_abs_max"] == 100
 
+    def test_a_number_of_each_token_is_told(self):
+        logits = torch.tensor([[1.0, -5.0], [2.0, 0.0], [-3.0, 3.0]])
+        told: list[list[float]] = []
+        actor = FakeActor()
+        actor.logits, actor.gather = lambda tokens: logits, lambda values: told.append(values.tolist()) or values
+        assert self.looked(actor) == {"logit_abs_max": 5, "logit_abs_mean": pytest.approx(14 / 6)}
+        assert told == [[5, 2, 3], [3, 1, 3]]
+
     def test_no_token_or_no_probe(self):
         actor = SimpleNamespace(
             logits=lambda tokens: torch.zeros(0, 4), gather=lambda values: values, metrics={}, mini_batch=0
