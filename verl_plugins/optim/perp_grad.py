@@ -132,10 +132,10 @@ class PerpGrad(Plugin):
 
     def check(self, config: DictConfig) -> None:
         actor = config.actor_rollout_ref.actor
-        if actor.strategy == "fsdp" and not actor.fsdp_config.get("use_orig_params", False):
+        if actor.strategy == "fsdp":
             raise CompositionError(
-                "plugins.perp_grad projects each parameter, and actor_rollout_ref.actor.strategy=fsdp glues them "
-                "together: set it to fsdp2, or actor_rollout_ref.actor.fsdp_config.use_orig_params=true"
+                "plugins.perp_grad projects each parameter as a whole, and actor_rollout_ref.actor.strategy=fsdp leaves "
+                "flat pieces of them on each rank, also with use_orig_params: set it to fsdp2"
             )
         if config.get("model_engine", "dp") == "megatron" or actor.strategy == "megatron":
             raise CompositionError(
