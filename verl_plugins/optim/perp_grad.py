@@ -134,8 +134,8 @@ class PerpGrad(Plugin):
         actor = config.actor_rollout_ref.actor
         if actor.strategy == "fsdp":
             raise CompositionError(
-                "plugins.perp_grad projects each parameter as a whole, and actor_rollout_ref.actor.strategy=fsdp leaves "
-                "flat pieces of them on each rank, also with use_orig_params: set it to fsdp2"
+                "plugins.perp_grad projects whole parameters, and actor_rollout_ref.actor.strategy=fsdp leaves "
+                "flat pieces of them on each rank, use_orig_params or not: set it to fsdp2"
             )
         if config.get("model_engine", "dp") == "megatron" or actor.strategy == "megatron":
             raise CompositionError(
