@@ -166,7 +166,7 @@ class TestColocateAsync:
         )
 
     def test_trains(self, both: Training) -> None:
-        healthy(both, 3, on_policy=False)
+        healthy(both, 3, on_policy=False, equal_groups=False)
         for step in both.steps:
             found = ours(step, "spo_tree")
             assert 0 < found["kept_edge_frac"] <= 1 and found["tree_leaves"] >= 3 and 0 < found["root_value"] < 1
