@@ -123,7 +123,13 @@ class TestList:
         assert recipes["stew"] == ""
         assert "titel" in recipes["burnt"]
         assert found["broken_folders"][0]["distribution"] == "lost"
-        assert "no_such_module" in succeeds("list")
+        short = succeeds("list")
+        assert "no_such_module" in short and "plugin twice of one: brought twice: one and two" in short
+
+    def test_a_plugin_of_ours_that_another_package_brings_too_is_named(self, site) -> None:
+        assert "brought twice" not in succeeds("list")
+        site.plugin("vade", distribution="again")
+        assert "plugin vade of again: brought twice: again and verl-plugins" in succeeds("list")
 
 
 class TestShow:

@@ -81,7 +81,8 @@ def list_(
 
     installed = manifest.entries()
     folders = manifest.folders(installed)
-    data = display.overview(recipe.recipes(folders), recipe.presets(folders), manifest.manifests(installed), folders)
+    described = installed if long or as_json else manifest.of_others(installed, display.OWN_DISTRIBUTION)
+    data = display.overview(recipe.recipes(folders), recipe.presets(folders), manifest.manifests(described), folders)
     if as_json:
         _print_json(data)
     elif long:

