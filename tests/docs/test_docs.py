@@ -167,6 +167,11 @@ def test_numbers_that_the_list_gives_are_on_the_page(name):
         assert any(abs(one - float(found)) <= half for one in measured), found
 
 
+@each_training
+def test_pages_say_what_becomes_of_stale_rollouts(name):
+    assert re.search(r"^- \*\*Stale rollouts\.\*\* \S.*\.$", section(page_of(name), "Caveats"), re.MULTILINE)
+
+
 @each_recipe
 def test_pages_keep_the_papers_figures_apart_from_measurements(name):
     headings = re.findall(r"^## (.+)$", page_of(name), re.MULTILINE)
