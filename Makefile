@@ -2,6 +2,7 @@
 # make test   lint and the whole test suite
 # make test-vllm  the tests of the preset cpu-vllm, in an environment of their own
 # make test-faults  what happens to runs when processes die, disks fill up and environments are odd
+# make test-long  the trainings that take too long for make test
 # make test-modes  every recipe in verl's separate_async, and what is stopped there and goes on
 # make test-labs  the labs that take over 20 s of a core
 # make test-cluster  a training on two Ray nodes, both on this machine
@@ -21,7 +22,7 @@ DOCS_INSTALLED := $(VENV)/.installed-docs
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-vllm test-faults test-cluster test-modes test-labs docs bench mutants clean
+.PHONY: demo test test-vllm test-faults test-cluster test-long test-modes test-labs docs bench mutants clean
 
 demo: $(INSTALLED)
 	$(BIN)/verl-plugins demo
@@ -37,6 +38,9 @@ test-vllm: $(VLLM_INSTALLED)
 
 test-faults: $(INSTALLED)
 	$(BIN)/python -m pytest tests/faults -m faults -n 0
+
+test-long: $(INSTALLED)
+	$(BIN)/python -m pytest -m long tests/e2e -n 2 --dist loadfile
 
 test-modes: $(INSTALLED)
 	$(BIN)/python -m pytest -m modes tests/modes -n 2

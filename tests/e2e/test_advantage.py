@@ -81,6 +81,7 @@ class TestBnpo:
             assert ours(step, "vade")["effective_ratio"] == pytest.approx(step["health/mixed_groups"])
 
 
+@pytest.mark.long
 class TestAGrae:
     """Recipe a_grae, mode sync."""
 
@@ -151,6 +152,7 @@ class TestRiskpo:
         assert all(ours(step, "clip_cov")["num_selected"] > 0 for step in both.steps)
 
 
+@pytest.mark.long
 class TestProGrpo:
     """Recipe progrpo: confidence on prompt and response shifts the advantages of grpo."""
 
@@ -167,6 +169,7 @@ class TestProGrpo:
             assert 0 < found["shift_abs_mean"] < found["shift_abs_max"] < 0.3
 
 
+@pytest.mark.long
 class TestCopo:
     """Recipe copo with two losses and two updates a step, progrpo around its advantages."""
 
@@ -192,6 +195,7 @@ class TestCopo:
             assert ours(step, "progrpo")["shift_abs_max"] < 0.1
 
 
+@pytest.mark.long
 class TestDrpo:
     """Recipe drpo, two updates a step: the second has a policy that has moved."""
 

@@ -123,6 +123,7 @@ class TestEpo:
             assert metrics["plugins/loss_terms/epo_smooth"] == pytest.approx(0.05 * step["penalty"], rel=0.2)
 
 
+@pytest.mark.long
 class TestBeMoreActive:
     """Recipe be_more_active beside prompt_augmentation, mode sync: as many prompts as a step has, each asked thrice."""
 
@@ -157,6 +158,7 @@ class TestBeMoreActive:
         assert later[0]["slot/format_name/n_prompts"] <= later[1]["slot/format_name/n_prompts"]
 
 
+@pytest.mark.long
 class TestNrrCore:
     """Recipes nrr_core and clip_cov combined, and steer around the policy loss, two updates a step."""
 

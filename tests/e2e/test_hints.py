@@ -40,7 +40,7 @@ class Scripted(Sage):
 '''
 
 
-@pytest.fixture(scope="module", params=["sync", "colocate_async"])
+@pytest.fixture(scope="module", params=[pytest.param("sync", marks=pytest.mark.long), "colocate_async"])
 def sage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Training:
     """Two steps in each mode; nearly all sums of large digits fail at first, and hardly any of the small ones."""
     folder = tmp_path_factory.mktemp("sage")
@@ -76,10 +76,14 @@ def sage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def test_failed_groups_are_rolled_out_again(sage: Training, request: pytest.FixtureRequest) -> None:
     on_policy = request.node.callspec.params["sage"] == "sync"
+    needing = [step["plugins/scripted_sage/needing_hint"] for step in sage.steps]
+    assert min(needing) < 1, (
+        "while rollouts go on, those that need no hint come first, and a step may have none of them"
+    )
     for step in sage.steps:
         prefix = "plugins/scripted_sage/"
         found = {key.removeprefix(prefix): value for key, value in step.items() if key.startswith(prefix)}
-        assert 0 < found["needing_hint"] < 1
+        assert 0 < found["needing_hint"] <= 1
         assert found["level_3"] == pytest.approx(found["needing_hint"])
         assert found["level_0"] == pytest.approx(1 - found["needing_hint"])
         assert (found["level_1"], found["level_2"], found["hint_too_long"]) == (0, 0, 1)

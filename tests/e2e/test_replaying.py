@@ -106,6 +106,7 @@ def test_numbers_are_sound(whole: Training) -> None:
     assert int(kept["driver/r3/tokens"].max()) <= BYTES
 
 
+@pytest.mark.long
 def test_a_restart_changes_nothing(whole: Training, resumed: Training) -> None:
     for step in (3, 4):
         told = ("uid", "input", "output", "score")
@@ -117,6 +118,7 @@ def test_a_restart_changes_nothing(whole: Training, resumed: Training) -> None:
         assert other["actor/grad_norm"] == pytest.approx(one["actor/grad_norm"], rel=1e-6)
 
 
+@pytest.mark.long
 def test_trains_with_vade_while_rollouts_go_on(out: Path) -> None:
     """Mode colocate_async: vade chooses, answers are appended, with the log-probs they were written with.
 

@@ -10,7 +10,7 @@ from resuming import Resuming
 from safetensors.torch import load_file
 from training import PROMPTS, Training, four_steps, train
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 
 SAMPLING = "siri+mopps+prompt_augmentation"
 SAMPLING_SETTINGS = (

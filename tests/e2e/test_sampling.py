@@ -44,6 +44,7 @@ class TestMopps:
         assert {prompt_id % 2 for prompt_id in prompts} == {0}
 
 
+@pytest.mark.long
 class TestPortfolioMixture:
     """Recipe portfolio_mixture, mode colocate_async: the four levels of the task as sources."""
 
@@ -223,6 +224,7 @@ class TestPromptAugmentation:
         assert len(rows) == 16 * 8
 
 
+@pytest.mark.long
 class TestSiri:
     """Recipes siri and vade combined, mode colocate_async: budgets of 1 and 16 tokens in turn, validated every step."""
 
@@ -269,6 +271,7 @@ class TestSiri:
         assert ours(siri.steps[0], "siri")["budget_max"] == 1
 
 
+@pytest.mark.long
 class TestEvolRl:
     """Recipes evol_rl and clip_cov combined on two ranks, mode colocate_async: twelve votes, four trained on."""
 
@@ -367,6 +370,7 @@ class Judge(Plugin):
 '''
 
 
+@pytest.mark.long
 class TestActionGrouping:
     """Recipe action_grouping, mode sync, on the scores of a judge with noise of 0.3."""
 

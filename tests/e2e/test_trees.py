@@ -132,6 +132,7 @@ def weights(training: Training, step: int) -> dict[str, torch.Tensor]:
     return {name: value.to_local() if hasattr(value, "to_local") else value for name, value in found.items()}
 
 
+@pytest.mark.long
 class TestResumed:
     def test_a_restart_changes_nothing(self, whole: Training, resumed: Training) -> None:
         told = ("uid", "input", "output", "score")
@@ -149,6 +150,7 @@ class TestResumed:
         assert [name for name in arrays if not torch.equal(arrays[name], again[name])] == []
 
 
+@pytest.mark.long
 class TestColocateAsync:
     """With vade, which chooses the prompts, on two ranks, while rollouts go on; as many rows as there are."""
 

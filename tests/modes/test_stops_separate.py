@@ -22,9 +22,12 @@ SPLIT = (
 @pytest.mark.parametrize("how", [(), HYBRID, SPLIT], ids=["one_update", "hybrid", "four_updates"])
 def test_a_run_that_is_killed_goes_on(out: Path, how: tuple[str, ...], request: pytest.FixtureRequest) -> None:
     """`kill -9` after a checkpoint; the next command trains on from it, and vade knows what it had seen."""
-    run = Running(out / request.node.callspec.id, MODE, *how).until(2)
-    run.process.kill()
-    run.ended()
+    run = Running(out / request.node.callspec.id, MODE, *how)
+    try:
+        run.until(2).process.kill()
+        run.ended()
+    finally:
+        run.end()
     steps = max(run.steps) + 2
     resumed = train("vade", run.out, *SHORT, MODE, *how, f"trainer.total_training_steps={steps}", "trainer.save_freq=1")
     assert "resuming after step" in resumed.output

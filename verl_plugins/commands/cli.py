@@ -204,6 +204,26 @@ def study(
     _start(f"{of_study.__name__}:study", what, out, jobs, command)
 
 
+@app.command(context_settings={"ignore_unknown_options": True})
+def pairs(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, or `all`.")],
+    overrides: Overrides = None,
+    preset: Preset = None,
+    as_json: Json = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Tables for a page.")] = False,
+) -> None:
+    """What becomes of a recipe beside each other one: whether and where they meet, and why not."""
+    from verl_plugins.commands import pairs as of
+
+    found = of.pairs(None if recipe == "all" else recipe, preset or "cpu", overrides or ())
+    if as_json:
+        _print_json([{"state": pair.state, **vars(pair)} for pair in found])
+    elif as_markdown:
+        typer.echo(of.markdown(found), nl=False)
+    else:
+        of.print_pairs(recipe, found)
+
+
 @app.command()
 def lab(
     name: Annotated[str, typer.Argument(help="A recipe that has a lab: `list` names them.")],

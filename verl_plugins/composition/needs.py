@@ -10,7 +10,7 @@ from verl_plugins.composition.compose import Composed
 from verl_plugins.composition.loggers import check_loggers
 from verl_plugins.composition.look import reward
 from verl_plugins.composition.manager import Plugins, build
-from verl_plugins.composition.override import one_line
+from verl_plugins.composition.override import known_keys, one_line
 from verl_plugins.errors import CompositionError, PluginError, nearest
 from verl_plugins.plugin import Plugin
 
@@ -91,7 +91,7 @@ def _check_trainer(config: DictConfig) -> None:
 
 def _check_missing(config: DictConfig, *, prepared: bool) -> None:
     """Values marked `???` are the user's to give; model and data may still be made by the preset."""
-    for key in sorted(OmegaConf.missing_keys(config)):
+    for key in sorted(key for key, value in known_keys(config).items() if isinstance(value, str) and value == "???"):
         optional = key.startswith("reward.reward_model.") and not config.reward.reward_model.enable
         made = prepared and key.startswith(MADE)
         if not (optional or made):

@@ -99,6 +99,18 @@ class Preset:
     broken: str = ""
 
 
+class Disagreement(CompositionError):
+    """Recipes set keys to different values; `settled` are overrides that take those of the first."""
+
+    def __init__(self, keys: Mapping[str, tuple[Any, Recipe, Any, Recipe]]) -> None:
+        said = [
+            f"{one.name} and {other.name} disagree on {key}: {_written(before)} and {_written(value)}"
+            for key, (before, one, value, other) in keys.items()
+        ]
+        self.settled = [f"{key}={_written(before)}" for key, (before, *_) in keys.items()]
+        super().__init__(f"recipes {', '.join(said)}; say which it is, as in {' '.join(self.settled)}")
+
+
 Item = TypeVar("Item", Recipe, Preset)
 
 
@@ -137,12 +149,16 @@ def combine(names: Sequence[str], folders: Iterable[Folder], decided: Collection
     parts = tuple(_training(_one("recipe", name, known)) for name in dict.fromkeys(names))
     plugins: dict[str, Any] = {}
     seen: dict[Path_, tuple[Any, Recipe]] = {}
+    disagreed: dict[str, tuple[Any, Recipe, Any, Recipe]] = {}
     for part in parts:
         for path, value in leaves({"plugins": part.plugins, **part.overrides}):
-            if _key(path) not in decided:
-                _agree(path, value, part, seen)
+            before, other = (value, part) if value == {} else seen.setdefault(path, (value, part))
+            if (before != value or type(before) is not type(value)) and _key(path) not in decided:
+                disagreed.setdefault(_key(path), (before, other, value, part))
         for path, value in leaves(part.plugins):
             put(plugins, path, value)
+    if disagreed:
+        raise Disagreement(disagreed)
     return Combination(parts, plugins)
 
 
@@ -183,17 +199,6 @@ def _training(item: Recipe) -> Recipe:
             f"verl-plugins lab {item.name}"
         )
     return item
-
-
-def _agree(path: Path_, value: Any, part: Recipe, seen: dict[Path_, tuple[Any, Recipe]]) -> None:
-    if value == {} and isinstance(value, dict):
-        return
-    before, other = seen.setdefault(path, (value, part))
-    if before != value or type(before) is not type(value):
-        raise CompositionError(
-            f"recipes {other.name} and {part.name} disagree on {_key(path)}: {_written(before)} and {_written(value)}; "
-            f"say which it is, as in {_key(path)}={_written(before)}"
-        )
 
 
 def _key(path: Path_) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ class NotLiteral(Exception):
 
 def class_source(path: Path, name: str) -> ClassSource:
     """The class `name` of the file; NotLiteral when it is imported from elsewhere, LookupError when there is none."""
-    module = ast.parse(path.read_text(encoding="utf-8"), filename=path.name)
+    module = _parsed(path, path.stat().st_mtime_ns)
     for node in module.body:
         if isinstance(node, ast.ClassDef) and node.name == name:
             return ClassSource(module, node)
@@ -28,6 +28,12 @@ def class_source(path: Path, name: str) -> ClassSource:
     if name in imported:
         raise NotLiteral(f"{name} comes from another module")
     raise LookupError(f"{path.name} has no class {name}")
+
+
+@lru_cache(maxsize=128)
+def _parsed(path: Path, changed: int) -> ast.Module:
+    """The tree of a file as it was at the time `changed`; a composition looks at each plugin several times."""
+    return ast.parse(path.read_text(encoding="utf-8"), filename=path.name)
 
 
 def fields_of_parameter(path: Path, function: str, parameter: str) -> list[Field]:

@@ -15,7 +15,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
-from verl_plugins.composition.compose import verl_config
+from verl_plugins.composition.compose import changeable, verl_config
 from verl_plugins.services import Answer, Prompt, Rollout, Verdict
 from verl_plugins.testing.fakes import FakeTokenizer
 from verl_plugins.testing.table import Table, pad, uids
@@ -57,7 +57,7 @@ class Scenario:
 
     def config(self, plugins: Mapping[str, Any]) -> DictConfig:
         """verl's own configuration with the sizes and overrides of this scenario and a section `plugins`, read-only."""
-        config = verl_config()
+        config = changeable(verl_config())
         sizes = {
             "data.train_batch_size": self.prompts,
             "data.max_response_length": self.tokens,

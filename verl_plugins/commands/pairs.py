@@ -1,0 +1,149 @@
+"""What becomes of each two recipes together, found by composing them: nothing is trained and no model is looked at.
+
+Two recipes *meet* where plugins of both act on one stage; stages that only look (`observe`, the ends of a step, of a
+validation and of the training) are none. A plugin that both bring, and a default that gives way, meets nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from verl_plugins.composition import manifest, recipe
+from verl_plugins.composition.compose import compose
+from verl_plugins.composition.needs import check
+from verl_plugins.composition.recipe import Disagreement, Recipe
+from verl_plugins.errors import CompositionError, nearest
+from verl_plugins.hookspecs import STAGES
+
+LOOKING = ("observe", "on_validation_end", "on_step_end", "on_train_end")
+"""Stages in which plugins do not change what the others see."""
+PLACES = ("data.train_files", "data.val_files", "actor_rollout_ref.model.path")
+"""What a preset for GPUs leaves to the user, and no pair depends on."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two recipes on a preset."""
+
+    first: str
+    second: str
+    settled: tuple[str, ...] = ()
+    """Overrides that say which value counts where the two set a key differently; here the first's."""
+    stages: tuple[str, ...] = ()
+    """Where they meet."""
+    refused: str = ""
+    """Why they cannot be together, in a sentence."""
+
+    @property
+    def state(self) -> str:
+        """`refused`, `meet` or `apart`."""
+        return "refused" if self.refused else "meet" if self.stages else "apart"
+
+    def other(self, name: str) -> str:
+        """The other of the two."""
+        return self.second if name == self.first else self.first
+
+
+def pairs(name: str | None = None, preset: str | None = None, overrides: Sequence[str] = ()) -> list[Pair]:
+    """All pairs of training recipes that are installed, or those with `name`, in alphabetical order.
+
+    Raises:
+        CompositionError: there is no such recipe, preset or key.
+    """
+    installed = manifest.entries()
+    known = {one.name: one for one in recipe.recipes(manifest.folders(installed)) if one.kind == "training"}
+    if name is not None and name not in known:
+        raise CompositionError(f"there is no training recipe {name!r}{nearest(name, known)}")
+    words = [*(f"{key}=_" for key in PLACES if preset != "cpu" and not _said(key, overrides)), *overrides]
+    compose("grpo", preset, words)
+    acts = {one: _acts(item, installed) for one, item in known.items()}
+    wanted = [two for two in combinations(sorted(known), 2) if name is None or name in two]
+    logging.disable(logging.WARNING)
+    try:
+        return [_pair(first, second, preset, words, acts) for first, second in wanted]
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _said(key: str, overrides: Iterable[str]) -> bool:
+    return any(text.lstrip("+").startswith(f"{key}=") for text in overrides)
+
+
+def _acts(item: Recipe, installed: Sequence[manifest.EntryPoint]) -> dict[str, set[str]]:
+    """Plugins of the recipe by stage, without those that look and defaults that give way."""
+    found: dict[str, set[str]] = {}
+    for name in item.plugins:
+        for hook in manifest.find(name, installed).hooks:
+            if hook.stage not in LOOKING and hook.kind != "default":
+                found.setdefault(hook.stage, set()).add(name)
+    return found
+
+
+def _pair(
+    first: str, second: str, preset: str | None, words: Sequence[str], acts: dict[str, dict[str, set[str]]]
+) -> Pair:
+    settled: tuple[str, ...] = ()
+    try:
+        try:
+            composed = compose(f"{first}+{second}", preset, words)
+        except Disagreement as error:
+            settled = tuple(error.settled)
+            composed = compose(f"{first}+{second}", preset, [*words, *settled])
+        check(composed)
+    except CompositionError as error:
+        return Pair(first, second, settled, refused=str(error))
+    one, other = acts[first], acts[second]
+    met = [stage for stage in one.keys() & other.keys() if one[stage] - other[stage] and other[stage] - one[stage]]
+    return Pair(first, second, settled, tuple(sorted(met, key=STAGES.index)))
+
+
+def markdown(found: Sequence[Pair]) -> str:
+    """The tables of `docs/pairs.md`: a row for each recipe, and the reasons of refusals."""
+    names = sorted({one for pair in found for one in (pair.first, pair.second)})
+    lines = ["| recipe | meets | first say which value | refused beside |", "|---|---|---|---|"]
+    for name in names:
+        mine = [pair for pair in found if name in (pair.first, pair.second)]
+        met = [
+            f"{pair.other(name)} ({', '.join(f'`{stage}`' for stage in pair.stages)})" for pair in mine if pair.stages
+        ]
+        asked = [pair.other(name) for pair in mine if pair.settled and not pair.refused]
+        refused = [pair.other(name) for pair in mine if pair.refused]
+        lines.append(
+            f"| [`{name}`](recipes/{name}.md) | {', '.join(met)} | {', '.join(asked)} | {', '.join(refused)} |"
+        )
+    lines += ["", "## Why pairs are refused", "", "| reason | pairs |", "|---|---|"]
+    reasons: dict[str, list[str]] = {}
+    for pair in found:
+        if pair.refused:
+            reasons.setdefault(_kind(pair.refused), []).append(f"{pair.first}+{pair.second}")
+    lines += [f"| {reason} | {', '.join(those)} |" for reason, those in reasons.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _kind(sentence: str) -> str:
+    """The sentence without the names of two plugins, by which many differ alone."""
+    both = re.sub(
+        r"^plugins '\w+' \(.*?\) and '\w+' \(.*?\) both implement (\w+), which", r"both implement `\1`, which", sentence
+    )
+    return re.sub(r"as in ~plugins\.\w+$", "as in `~plugins.…`", both).replace("|", "\\|")
+
+
+def print_pairs(name: str, found: Sequence[Pair]) -> None:
+    """A table of what becomes of recipe `name` beside each other one, or of `all` pairs."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("recipes" if name == "all" else f"{name} and", no_wrap=True)
+    table.add_column("they", no_wrap=True)
+    table.add_column("where, what to say on the command line, or why not", overflow="fold")
+    for pair in found:
+        why = pair.refused or "; ".join(filter(None, [", ".join(pair.stages), " ".join(pair.settled)]))
+        state = {"meet": "meet", "apart": "do not meet", "refused": "are refused"}[pair.state]
+        table.add_row(f"{pair.first}+{pair.second}" if name == "all" else pair.other(name), state, why)
+    Console(markup=False, highlight=False).print(table)
