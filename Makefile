@@ -4,6 +4,7 @@
 # make test-faults  what happens to runs when processes die, disks fill up and environments are odd
 # make test-long  the trainings that take too long for make test
 # make test-modes  every recipe in verl's separate_async, and what is stopped there and goes on
+# make test-pairs  every two recipes that meet on a stage, trained together
 # make test-labs  the labs that take over 20 s of a core
 # make test-cluster  a training on two Ray nodes, both on this machine
 # make docs   build the documentation into site/
@@ -22,7 +23,7 @@ DOCS_INSTALLED := $(VENV)/.installed-docs
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-vllm test-faults test-cluster test-long test-modes test-labs docs bench mutants clean
+.PHONY: demo test test-vllm test-faults test-cluster test-long test-modes test-pairs test-labs docs bench mutants clean
 
 demo: $(INSTALLED)
 	$(BIN)/verl-plugins demo
@@ -44,6 +45,9 @@ test-long: $(INSTALLED)
 
 test-modes: $(INSTALLED)
 	$(BIN)/python -m pytest -m modes tests/modes -n 2
+
+test-pairs: $(INSTALLED)
+	$(BIN)/python -m pytest -m pairs tests/pairs -n 2
 
 test-labs: $(INSTALLED)
 	$(BIN)/python -m pytest -m labs tests/e2e/test_labs.py

@@ -41,7 +41,7 @@ def test_where_they_meet(first: str, second: str, stages: tuple[str, ...]) -> No
 
 
 def test_what_has_to_be_said_is_said_for_all_keys_at_once() -> None:
-    (found,) = [pair for pair in pairs.pairs("mc_grpo", "cpu") if pair.second == "vcpo"]
+    (found,) = [pair for pair in pairs.pairs("progrpo", "cpu") if pair.second == "vcpo"]
     assert len(found.settled) > 1 and all("=" in word for word in found.settled)
 
 

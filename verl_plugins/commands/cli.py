@@ -210,7 +210,6 @@ def pairs(
     overrides: Overrides = None,
     preset: Preset = None,
     as_json: Json = False,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="Tables for a page.")] = False,
 ) -> None:
     """What becomes of a recipe beside each other one: whether and where they meet, and why not."""
     from verl_plugins.commands import pairs as of
@@ -218,8 +217,6 @@ def pairs(
     found = of.pairs(None if recipe == "all" else recipe, preset or "cpu", overrides or ())
     if as_json:
         _print_json([{"state": pair.state, **vars(pair)} for pair in found])
-    elif as_markdown:
-        typer.echo(of.markdown(found), nl=False)
     else:
         of.print_pairs(recipe, found)
 

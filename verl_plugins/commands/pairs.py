@@ -7,7 +7,6 @@ validation and of the training) are none. A plugin that both bring, and a defaul
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -32,7 +31,7 @@ class Pair:
     first: str
     second: str
     settled: tuple[str, ...] = ()
-    """Overrides that say which value counts where the two set a key differently; here the first's."""
+    """Overrides that say which value counts where the two set a key differently: the first's, or else the second's."""
     stages: tuple[str, ...] = ()
     """Where they meet."""
     refused: str = ""
@@ -58,8 +57,8 @@ def pairs(name: str | None = None, preset: str | None = None, overrides: Sequenc
     known = {one.name: one for one in recipe.recipes(manifest.folders(installed)) if one.kind == "training"}
     if name is not None and name not in known:
         raise CompositionError(f"there is no training recipe {name!r}{nearest(name, known)}")
-    words = [*(f"{key}=_" for key in PLACES if preset != "cpu" and not _said(key, overrides)), *overrides]
-    compose("grpo", preset, words)
+    made = compose("grpo", preset, overrides).prepare is not None
+    words = [*(f"{key}=_" for key in PLACES if not (made or _said(key, overrides))), *overrides]
     acts = {one: _acts(item, installed) for one, item in known.items()}
     wanted = [two for two in combinations(sorted(known), 2) if name is None or name in two]
     logging.disable(logging.WARNING)
@@ -86,50 +85,21 @@ def _acts(item: Recipe, installed: Sequence[manifest.EntryPoint]) -> dict[str, s
 def _pair(
     first: str, second: str, preset: str | None, words: Sequence[str], acts: dict[str, dict[str, set[str]]]
 ) -> Pair:
-    settled: tuple[str, ...] = ()
-    try:
+    tried: list[Sequence[str]] = [()]
+    refused: list[str] = []
+    for settled in tried:
         try:
-            composed = compose(f"{first}+{second}", preset, words)
+            check(compose(f"{first}+{second}", preset, [*words, *settled]))
+            break
         except Disagreement as error:
-            settled = tuple(error.settled)
-            composed = compose(f"{first}+{second}", preset, [*words, *settled])
-        check(composed)
-    except CompositionError as error:
-        return Pair(first, second, settled, refused=str(error))
+            tried += error.settled
+        except CompositionError as error:
+            refused.append(str(error))
+    else:
+        return Pair(first, second, refused=refused[0])
     one, other = acts[first], acts[second]
     met = [stage for stage in one.keys() & other.keys() if one[stage] - other[stage] and other[stage] - one[stage]]
-    return Pair(first, second, settled, tuple(sorted(met, key=STAGES.index)))
-
-
-def markdown(found: Sequence[Pair]) -> str:
-    """The tables of `docs/pairs.md`: a row for each recipe, and the reasons of refusals."""
-    names = sorted({one for pair in found for one in (pair.first, pair.second)})
-    lines = ["| recipe | meets | first say which value | refused beside |", "|---|---|---|---|"]
-    for name in names:
-        mine = [pair for pair in found if name in (pair.first, pair.second)]
-        met = [
-            f"{pair.other(name)} ({', '.join(f'`{stage}`' for stage in pair.stages)})" for pair in mine if pair.stages
-        ]
-        asked = [pair.other(name) for pair in mine if pair.settled and not pair.refused]
-        refused = [pair.other(name) for pair in mine if pair.refused]
-        lines.append(
-            f"| [`{name}`](recipes/{name}.md) | {', '.join(met)} | {', '.join(asked)} | {', '.join(refused)} |"
-        )
-    lines += ["", "## Why pairs are refused", "", "| reason | pairs |", "|---|---|"]
-    reasons: dict[str, list[str]] = {}
-    for pair in found:
-        if pair.refused:
-            reasons.setdefault(_kind(pair.refused), []).append(f"{pair.first}+{pair.second}")
-    lines += [f"| {reason} | {', '.join(those)} |" for reason, those in reasons.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _kind(sentence: str) -> str:
-    """The sentence without the names of two plugins, by which many differ alone."""
-    both = re.sub(
-        r"^plugins '\w+' \(.*?\) and '\w+' \(.*?\) both implement (\w+), which", r"both implement `\1`, which", sentence
-    )
-    return re.sub(r"as in ~plugins\.\w+$", "as in `~plugins.…`", both).replace("|", "\\|")
+    return Pair(first, second, tuple(settled), tuple(sorted(met, key=STAGES.index)))
 
 
 def print_pairs(name: str, found: Sequence[Pair]) -> None:

@@ -100,15 +100,15 @@ class Preset:
 
 
 class Disagreement(CompositionError):
-    """Recipes set keys to different values; `settled` are overrides that take those of the first."""
+    """Recipes set keys to different values; overrides that settle it for the one or for the other are in `settled`."""
 
     def __init__(self, keys: Mapping[str, tuple[Any, Recipe, Any, Recipe]]) -> None:
         said = [
             f"{one.name} and {other.name} disagree on {key}: {_written(before)} and {_written(value)}"
             for key, (before, one, value, other) in keys.items()
         ]
-        self.settled = [f"{key}={_written(before)}" for key, (before, *_) in keys.items()]
-        super().__init__(f"recipes {', '.join(said)}; say which it is, as in {' '.join(self.settled)}")
+        self.settled = tuple([f"{key}={_written(values[place])}" for key, values in keys.items()] for place in (0, 2))
+        super().__init__(f"recipes {', '.join(said)}; say which it is, as in {' '.join(self.settled[0])}")
 
 
 Item = TypeVar("Item", Recipe, Preset)
