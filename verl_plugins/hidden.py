@@ -6,14 +6,15 @@ n, the last, what the output head gets, behind the final norm. 0, the embeddings
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from verl_plugins.errors import CompositionError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -126,3 +127,15 @@ class Hidden:
     def first(self, tokens: int) -> Tensor:
         """[at most `tokens`] indices of tokens: as many of each response as of any other, as far as it goes."""
         return (self.draw * (int(self.row.max()) + 1) + self.row).argsort()[:tokens] if len(self.row) else self.row
+
+
+def chosen_places(keys: Sequence[str], mask: Tensor, tokens: int, seed: int) -> Tensor:
+    """[B,k] int64 places of generated tokens, a random choice that depends on the row's key and its own mask alone.
+
+    The first k' columns are the choice of k' tokens. -1 where a row has fewer; mask [B,T].
+    """
+    draws = [np.random.default_rng([seed, zlib.crc32(key.encode())]).random(mask.shape[1]) for key in keys]
+    order = torch.from_numpy(np.stack(draws)).masked_fill(~mask.bool(), 2.0)
+    values, places = order.sort(dim=1, stable=True)
+    places = places.masked_fill(values > 1, -1)[:, :tokens]
+    return torch.nn.functional.pad(places, (0, tokens - places.shape[1]), value=-1)

@@ -9,13 +9,11 @@ calls of workers would fetch it.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import transfer_queue as tq
 from tensordict import TensorDict
@@ -26,7 +24,7 @@ from verl.utils import tensordict_utils as tu
 
 from verl_plugins.cpu.engine import KEPT
 from verl_plugins.errors import RunError
-from verl_plugins.hidden import Asked, Hidden, Wish, united
+from verl_plugins.hidden import Asked, Hidden, Wish, chosen_places, united
 
 MEASURED_STEP = "hidden_states_step"
 """In a pass in which hidden states are taken: the training step."""
@@ -39,18 +37,6 @@ TRAVELS_AS = torch.bfloat16
 
 
 # In the driver
-
-
-def chosen_places(keys: Sequence[str], mask: Tensor, tokens: int, seed: int) -> Tensor:
-    """[B,k] int64 places of generated tokens, a random choice that depends on the row's key and its own mask alone.
-
-    The first k' columns are the choice of k' tokens. -1 where a row has fewer; mask [B,T].
-    """
-    draws = [np.random.default_rng([seed, zlib.crc32(key.encode())]).random(mask.shape[1]) for key in keys]
-    order = torch.from_numpy(np.stack(draws)).masked_fill(~mask.bool(), 2.0)
-    values, places = order.sort(dim=1, stable=True)
-    places = places.masked_fill(values > 1, -1)[:, :tokens]
-    return torch.nn.functional.pad(places, (0, tokens - places.shape[1]), value=-1)
 
 
 class ReadStates:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from verl_plugins.bridge.hidden import chosen_places
-from verl_plugins.hidden import Hidden, Wish, united
+from verl_plugins.hidden import Hidden, Wish, chosen_places, united
 from verl_plugins.testing.table import Table
 
 DEPTH, WIDTH = 4, 8

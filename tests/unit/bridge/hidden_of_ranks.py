@@ -28,7 +28,8 @@ def passed(engine: Any, mine: list[int], step: int, padded: bool, sent: bool, **
     """What one pass returns for these rows; `sent`: the prompts are among the fields."""
     from verl.utils import tensordict_utils as tu
 
-    from verl_plugins.bridge.hidden import MEASURED_STEP, PLACES, chosen_places
+    from verl_plugins.bridge.hidden import MEASURED_STEP, PLACES
+    from verl_plugins.hidden import chosen_places
 
     data = mini_batch([rows()[row] for row in mine], padded)
     mask = data["response_mask"].to_padded_tensor(0)

@@ -25,13 +25,12 @@ from verl_plugins.bridge.hidden import (
     MEASURED_STEP,
     PLACES,
     POOLED,
-    chosen_places,
     decoder_layers,
 )
 from verl_plugins.bridge.sending import SendsRows
 from verl_plugins.cpu.model import make_model, make_tokenizer
 from verl_plugins.errors import CompositionError, RunError
-from verl_plugins.hidden import Hidden, Wish, united
+from verl_plugins.hidden import Hidden, Wish, chosen_places, united
 
 SCRIPT = Path(__file__).with_name("hidden_of_ranks.py")
 ENGINES = ("ours", "verl's", "lora")
