@@ -1,7 +1,7 @@
 """Hidden states of the policy: what a plugin that needs `hidden_states` asks for, and what `batch.hidden` gives it.
 
-Layers are counted as Transformers counts `hidden_states`: layer l < n is what comes out of the l-th decoder layer, layer
-n, the last, what the output head gets, behind the final norm. 0, the embeddings, is not among them.
+Layers are counted as Transformers counts `hidden_states`: layer l < n is what comes out of the l-th decoder layer,
+layer n, the last, what the output head gets, behind the final norm. 0, the embeddings, is not among them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,11 @@ class Wish:
     """Tokens that the policy finds likeliest in their place."""
 
     def __post_init__(self) -> None:
-        for name, value, least in (("tokens", self.tokens, 0), ("every", self.every, 1), ("layer_step", self.stride, 1)):
+        for name, value, least in (
+            ("tokens", self.tokens, 0),
+            ("every", self.every, 1),
+            ("layer_step", self.stride, 1),
+        ):
             if value < least:
                 raise CompositionError(f"a wish for hidden states has {name}={value}: it must be at least {least}")
 

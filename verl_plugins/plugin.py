@@ -43,8 +43,9 @@ class Plugin:
     Class attributes: `name` (the key under `plugins:`), `paper`, `version` (grows when saved state changes meaning),
     `api` (the API_VERSION it was written for), `verl` (the verl versions it works with), `needs` (fields verl must
     compute for it: entropy, current_entropy, old_log_probs, prompt_log_probs, rollout_log_probs, ref_log_probs,
-    hidden_states (which of them says `hidden_wish`); and the columns uid, rm_scores, verdict where the loss reads them with `tokens.extra`), `label_free` (training needs no
-    ground truth while the plugin is on: it makes its own labels, or scores without them).
+    hidden_states (which of them says `hidden_wish`); and the columns uid, rm_scores, verdict where the loss reads them
+    with `tokens.extra`), `label_free` (training needs no ground truth while the plugin is on: it makes its own labels,
+    or scores without them).
     """
 
     name: ClassVar[str]

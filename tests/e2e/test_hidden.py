@@ -1,4 +1,4 @@
-"""Two actor ranks, several micro-batches each: every diagnostic of hidden states in one training, in every second step."""
+"""Two actor ranks, several micro-batches each: all diagnostics of hidden states in one training, every second step."""
 
 from __future__ import annotations
 

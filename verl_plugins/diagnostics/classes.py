@@ -1,8 +1,8 @@
 """Features by class: counts, means, spread and the quotient of within-class to between-class variance.
 
 What the diagnostics of neural collapse share (Wu & Papyan, arXiv 2405.17767; Tirer et al., arXiv 2210.16658). For class
-c with n_c features x: mean mu_c, spread v_c = sum |x - mu_c|^2 / n_c. The global mean mu_G is the unweighted mean of the
-classes' means. Degenerate cases: fewer than two classes, or means that are all the same, have no quotient.
+c with n_c features x: mean mu_c, spread v_c = sum |x - mu_c|^2 / n_c. The global mean mu_G is the unweighted mean of
+the classes' means. Degenerate cases: fewer than two classes, or means that are all the same, have no quotient.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Linguistic collapse: how near the policy's last hidden states are to neural collapse, and its rollouts to one another.
+"""Linguistic collapse: how near the policy's last hidden states are to neural collapse, and rollouts to each other.
 
 Wu, Papyan, Linguistic Collapse: Neural Collapse in (Large) Language Models, NeurIPS 2024, arXiv 2405.17767. A language
 model classifies tokens: x is what the output head gets where it predicts token y, W_y the head's row. With m_c = mu_c -
 mu_G of the classes that are frequent enough (`verl_plugins.diagnostics.classes`):
 
-    CDNV (NC1)        mean over pairs of ((v_i + v_j) / 2) / |mu_i - mu_j|^(2p),  p = 2 in their analysis, 1 in their library
+    CDNV (NC1)        mean over pairs of ((v_i + v_j) / 2) / |mu_i - mu_j|^(2p),  p = 2 (analysis) or 1 (library)
     equinorm (NC2)    mean and variance of |m_c|; hyperspherical uniformity (GNC2): variance of log 1/|u_i - u_j|
     duality (NC3)     cosine of W_c and m_c; its variance (UNC3)
     agreement (NC4)   share of held-out tokens whose argmax_c W_c x is the class of the nearest mean
@@ -14,8 +14,8 @@ log-probs also returns hidden states. The label modes `uid` (class: the prompt, 
 the quotient is the diversity of a prompt's rollouts) and `outcome` (right or wrong) are ours, as are the sample of
 tokens and the classes that stay those of the first step measured.
 
-Degenerate cases. Fewer than two classes: no metric of pairs. Two means in one point: no CDNV, no uniformity. No held-out
-token: no agreement. Of classes with one feature each CDNV is 0, which says too few samples. Two classes: norms,
+Degenerate cases. Fewer than two classes: no metric of pairs. Two means in one point: no CDNV, no uniformity. No token
+held out: no agreement. Of classes with one feature each CDNV is 0, which says too few samples. Two classes: norms,
 uniformity and the distance to a frame say nothing, and are left out.
 """
 
@@ -45,7 +45,7 @@ def cdnv(classes: Classes, power: float) -> float:
 
 
 def geometry(classes: Classes) -> dict[str, float]:
-    """NC2 and GNC2: norms (variance unbiased), distance to a simplex frame, interference and kernel of pairs (biased)."""
+    """NC2 and GNC2: norms (unbiased variance), distance to a simplex, interference and kernel of pairs (biased)."""
     centred, norms = classes.centred, classes.centred.norm(dim=1)
     i, j = torch.triu_indices(len(classes), len(classes), 1)
     gram = centred @ centred.T
@@ -155,7 +155,9 @@ class LinguisticCollapse(Plugin):
 
     def _of_tokens(self, run: Run, hidden: Hidden) -> dict[str, float]:
         chosen = hidden.first(self.config.max_tokens)
-        whole = Sample(hidden.features[chosen, -1], hidden.label[chosen], hidden.head_row[chosen], hidden.argmax[chosen])
+        whole = Sample(
+            hidden.features[chosen, -1], hidden.label[chosen], hidden.head_row[chosen], hidden.argmax[chosen]
+        )
         held_out = torch.from_numpy(run.rng("holdout").random(len(chosen)) < self.config.holdout)
         sample, held = (Sample(*(part[rows] for part in whole)) for rows in (~held_out, held_out))
         observed = by_class(sample.features, sample.labels)

@@ -1,8 +1,8 @@
 """Geometry by depth: at which layer the policy's tokens become alike.
 
 Su, You, Geometric and Dynamic Scaling in Deep Transformers, arXiv 2601.01014: a proposal without experiments, whose
-worry is that deep stacks lose rank. Its block is for models trained from scratch (the lab of this recipe); what serves a
-policy is the ruler, which is ours. Of states [layers, tokens, D] of a few tokens of many responses, for each layer
+worry is that deep stacks lose rank. Its block is for models trained from scratch (the lab of this recipe); what serves
+a policy is the ruler, which is ours. Of states [layers, tokens, D] of a few tokens of many responses, for each layer
 
     effective rank exp(H(sigma / sum sigma)) of the singular values of [tokens, D], not centred
     mean cosine of two different tokens, mean norm

@@ -1,8 +1,8 @@
 """What imbalanced tokens should look like: orthogonal class means, short features of frequent tokens, lost rare ones.
 
 Dang, Tran, Osher, Tran-The, Ho, Nguyen, Neural Collapse in Deep Linear Networks: From Balanced to Imbalanced Data, ICML
-2023, arXiv 2301.00437. The paper's is the claim of orthogonal class means whose lengths depend on the classes' sizes, for
-squared error without bias; the formulas are derived here (see the lab of this recipe), its theorems were not read. For
+2023, arXiv 2301.00437. The paper's is the claim of orthogonal class means whose lengths depend on the classes' sizes,
+for squared error without bias; the formulas are derived here (see the lab of this recipe), its theorems were not read. For
 M linear layers with decays lw_m, feature decay lh, n_k of N samples in class k, C_k = (lw_1 ... lw_M lh n_k)^(1/(M+1)):
 
     p_k in [0, 1] minimises n_k/(2N) (p - 1)^2 + (M+1)/2 C_k p^(2/(M+1));  M = 1: p_k = max(0, 1 - N sqrt(lw lh / n_k))
@@ -15,8 +15,8 @@ and the least-squares slopes of log |mu_c| and log |w_c| on log n_c.
 What differs from GRPO: 1. Nothing in training: `observe` measures. 2. In steps that are due the pass for the old
 log-probs also returns hidden states.
 
-Degenerate cases. Fewer than three classes: no slope, no cosine. Classes of one size, or a mean of length 0: no slope. p_k
-= 0 makes all lengths of the class 0; a class without samples has p_k = 0.
+Degenerate cases. Fewer than three classes: no slope, no cosine. Classes of one size, or a mean of length 0: no slope.
+p_k = 0 makes all lengths of the class 0; a class without samples has p_k = 0.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ state of each response (`uid`, ours), or tokens, with the state that predicts th
 What differs from GRPO: 1. Nothing in training: `observe` measures. 2. In steps that are due the pass for the old
 log-probs also returns the states of every so many layers.
 
-Degenerate cases. Fewer than two classes, or means of a layer that are all the same: its quotient is left out. One layer:
-no ratio. A quotient of 0: no ratio to it.
+Degenerate cases. Fewer than two classes, or means of a layer that are all the same: its quotient is left out. One
+layer: no ratio. A quotient of 0: no ratio to it.
 """
 
 from __future__ import annotations

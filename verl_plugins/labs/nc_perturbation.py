@@ -1,7 +1,7 @@
 """Features that stay near those of the layer before: their variability within classes falls all along the way.
 
-Tirer, Huang, Niles-Weed, Perturbation Analysis of Neural Collapse, ICML 2023, arXiv 2210.16658. K classes with n samples
-each, features H [d, Kn] that start at H0, targets Y = I_K (x) 1_n^T, a linear classifier W:
+Tirer, Huang, Niles-Weed, Perturbation Analysis of Neural Collapse, ICML 2023, arXiv 2210.16658. K classes with n
+samples each, features H [d, Kn] that start at H0, targets Y = I_K (x) 1_n^T, a linear classifier W:
 
     f(W, H) = 1/(2Kn) |WH - Y|^2 + lw/(2K) |W|^2 + lh/(2Kn) |H|^2 + beta/(2Kn) |H - H0|^2
     central path: W*(H) = Y H^T (H H^T + n lw I)^-1
@@ -112,7 +112,12 @@ def _claims(runs: dict[str, Tensor]) -> list[Claim]:
 
     def falls(name: str, path: Tensor) -> Claim:
         worst = float((path[:, 1:] / path[:, :-1]).max())
-        return Claim(name, f"each step's NC1 below the one before in {PROBLEMS} problems", f"largest ratio {worst:.6f}", worst < 1)
+        return Claim(
+            name,
+            f"each step's NC1 below the one before in {PROBLEMS} problems",
+            f"largest ratio {worst:.6f}",
+            worst < 1,
+        )
 
     moved = [(left(path) - left(free)).abs() for path in (features, classifier)]
     return [

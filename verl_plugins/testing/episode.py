@@ -22,9 +22,9 @@ from verl_plugins.plugin import Plugin
 from verl_plugins.services import Answer, Generated, Prompt, Prompts, Rollout, Verdict
 from verl_plugins.testing.actor import ActorPart
 from verl_plugins.testing.fakes import FakeRun
-from verl_plugins.testing.states import invented
 from verl_plugins.testing.record import Recorder, StageFailed, batch_inputs
 from verl_plugins.testing.scenario import POLICY_FIELDS, TOKENIZER, Change, Scenario, World, stored_as
+from verl_plugins.testing.states import invented
 from verl_plugins.testing.table import Table
 
 PROCESSES = ("driver", "agent_loop", "reward", "actor")

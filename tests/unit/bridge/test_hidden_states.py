@@ -53,7 +53,9 @@ def of_ranks(folder: Path, ranks: int, name: str) -> dict[str, torch.Tensor]:
     """What all ranks returned, in the order of the rows."""
     found = [torch.load(folder / f"hidden_{ranks}_{rank}.pt", weights_only=True)[name] for rank in range(ranks)]
     order = torch.cat([one["rows"] for one in found]).argsort()
-    return {key: torch.cat([one[key] for one in found])[order] for key in found[0] if key not in ("log_probs", "entropy")}
+    return {
+        key: torch.cat([one[key] for one in found])[order] for key in found[0] if key not in ("log_probs", "entropy")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +138,8 @@ class TestWish:
         assert [step for step in range(1, 9) if Wish(every=3).due(step)] == [1, 4, 7]
 
     @pytest.mark.parametrize(
-        ("stride", "depth", "expected"), [(None, 6, (6,)), (1, 3, (1, 2, 3)), (4, 6, (4, 6)), (3, 6, (3, 6)), (9, 6, (6,))]
+        ("stride", "depth", "expected"),
+        [(None, 6, (6,)), (1, 3, (1, 2, 3)), (4, 6, (4, 6)), (3, 6, (3, 6)), (9, 6, (6,))],
     )
     def test_layers(self, stride: int | None, depth: int, expected: tuple[int, ...]) -> None:
         assert Wish(layer_step=stride).layers(depth) == expected

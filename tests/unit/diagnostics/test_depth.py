@@ -68,10 +68,15 @@ class TestVariability:
     def test_metrics_of_prompts_and_of_tokens(self):
         features = states(3)
         pooled = features.view(4, 2, 3, 5).mean(1)
-        for mode, part, labels in (("uid", pooled, torch.tensor([0, 0, 1, 1])), ("token", features, torch.tensor(LABELS))):
+        for mode, part, labels in (
+            ("uid", pooled, torch.tensor([0, 0, 1, 1])),
+            ("token", features, torch.tensor(LABELS)),
+        ):
             found = logged(made(NCPerturbation, labels=mode, layer_step=1), features)
             expected = depth_nc1(part, labels)
-            assert [found[f"quotient_layer_{layer}"] for layer in (1, 2, 3)] == pytest.approx(expected.quotient.tolist())
+            assert [found[f"quotient_layer_{layer}"] for layer in (1, 2, 3)] == pytest.approx(
+                expected.quotient.tolist()
+            )
             assert found["min_ratio"] == pytest.approx(float(expected.ratio.min()))
             assert found["min_ratio_layer"] == 2 + int(expected.ratio.argmin())
             assert found["fraction_decreasing"] == float((expected.ratio < 1).double().mean())
@@ -98,7 +103,10 @@ class TestVariability:
 class TestGeometry:
     def test_metrics_are_those_of_the_states(self):
         features = states(3)
-        found, expected = logged(made(ManifoldGeometry, layer_step=1), features), depth_geometry(features.transpose(0, 1))
+        found, expected = (
+            logged(made(ManifoldGeometry, layer_step=1), features),
+            depth_geometry(features.transpose(0, 1)),
+        )
         for place, layer in enumerate((1, 2, 3)):
             assert found[f"eff_rank_{layer}"] == pytest.approx(float(expected["effective_rank"][place]), rel=1e-5)
             assert found[f"cos_{layer}"] == pytest.approx(float(expected["mean_pairwise_cosine"][place]), abs=1e-5)
@@ -166,7 +174,8 @@ class TestLengths:
 
     def test_more_layers_lose_more(self):
         few, more = (
-            logged(made(NCDeepLinear, feature_decay=1.0, weight_decay=0.3, layers=layers), states(1)) for layers in (1, 2)
+            logged(made(NCDeepLinear, feature_decay=1.0, weight_decay=0.3, layers=layers), states(1))
+            for layers in (1, 2)
         )
         assert few["predicted_collapse"] < more["predicted_collapse"] == 1
 
