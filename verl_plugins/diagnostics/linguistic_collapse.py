@@ -162,7 +162,7 @@ class LinguisticCollapse(Plugin):
         sample, held = (Sample(*(part[rows] for part in whole)) for rows in (~held_out, held_out))
         observed = by_class(sample.features, sample.labels)
         classes = observed.selected(self.config.min_per_class, most=self.config.max_classes)
-        if self.reference is None and self.config.fixed_classes:
+        if self.reference is None and self.config.fixed_classes and len(classes) >= 2:
             self.reference = classes.ids
         if self.reference is not None:
             classes = observed.selected(self.config.min_per_class)

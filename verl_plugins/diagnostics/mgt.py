@@ -25,6 +25,9 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from verl_plugins import Batch, Plugin, Run, Wish, hookimpl, setting
 
+OF_LAYERS = {"eff_rank": "effective_rank", "cos": "mean_pairwise_cosine", "norm": "mean_norm"}
+"""What is logged of each layer, and what it is called here."""
+
 
 def effective_rank(states: Tensor) -> Tensor:
     """exp(entropy of sigma / sum sigma) of the singular values of states [..., tokens, d], not centred."""
@@ -79,9 +82,8 @@ class ManifoldGeometry(Plugin):
             return
         states = hidden.features[hidden.first(self.config.max_tokens)].transpose(0, 1)
         found = {name: values.tolist() for name, values in depth_geometry(states).items()}
-        for place, layer in enumerate(hidden.layers):
-            run.log({f"eff_rank_{layer}": found["effective_rank"][place]})
-            run.log({f"cos_{layer}": found["mean_pairwise_cosine"][place], f"norm_{layer}": found["mean_norm"][place]})
+        for word, name in OF_LAYERS.items():
+            run.log({f"{word}_{layer}": value for layer, value in zip(hidden.layers, found[name], strict=True)})
         run.log({"eff_rank_last": found["effective_rank"][-1], "n_tokens": states.shape[1]})
         if len(hidden.layers) > 1:
             run.log({"min_layer_cos": min(found["layer_to_layer_cosine"])})

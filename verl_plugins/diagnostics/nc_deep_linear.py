@@ -2,8 +2,9 @@
 
 Dang, Tran, Osher, Tran-The, Ho, Nguyen, Neural Collapse in Deep Linear Networks: From Balanced to Imbalanced Data, ICML
 2023, arXiv 2301.00437. The paper's is the claim of orthogonal class means whose lengths depend on the classes' sizes,
-for squared error without bias; the formulas are derived here (see the lab of this recipe), its theorems were not read. For
-M linear layers with decays lw_m, feature decay lh, n_k of N samples in class k, C_k = (lw_1 ... lw_M lh n_k)^(1/(M+1)):
+for squared error without bias; the formulas are derived here (see the lab of this recipe), its theorems were not read.
+For M linear layers with decays lw_m, feature decay lh, n_k of N samples in class k and
+C_k = (lw_1 ... lw_M lh n_k)^(1/(M+1)):
 
     p_k in [0, 1] minimises n_k/(2N) (p - 1)^2 + (M+1)/2 C_k p^(2/(M+1));  M = 1: p_k = max(0, 1 - N sqrt(lw lh / n_k))
     t_k = C_k p_k^(2/(M+1)), |feature| = sqrt(t_k / (lh n_k)), singular value of layer m = sqrt(t_k / lw_m)

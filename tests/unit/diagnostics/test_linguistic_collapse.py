@@ -219,6 +219,13 @@ class TestPlugin:
         self.logged(free, self.hidden([0] * 6 + [1] * 6))
         assert self.logged(free, new, step=2)["token_n_samples"] == 11
 
+    def test_a_step_with_too_few_classes_is_no_reference(self):
+        plugin = self.plugin(labels=["token"], min_per_class=5)
+        assert self.logged(plugin, self.hidden([0] * 8 + [1] * 4))["token_n_classes"] == 1
+        assert plugin.reference is None
+        assert self.logged(plugin, self.hidden([2] * 6 + [1] * 6), step=2)["token_n_classes"] == 2
+        assert plugin.reference.tolist() == [1, 2]
+
     def test_agreement_is_measured_on_tokens_that_made_no_mean(self):
         plugin = self.plugin(labels=["token"], holdout=0.5, min_per_class=1)
         found = self.logged(plugin, self.hidden([0, 1] * 6))
