@@ -16,6 +16,7 @@ from verl_plugins.plugin import Plugin, setting
 if TYPE_CHECKING:
     from verl_plugins.batch import Batch
     from verl_plugins.groups import Groups
+    from verl_plugins.hidden import Hidden, Wish
     from verl_plugins.services import Actor, Answer, Prompt, Prompts, Rollout, Run, Segment, Verdict
     from verl_plugins.tokens import Tokens
 
@@ -27,6 +28,7 @@ __all__ = [
     "CompositionError",
     "DataError",
     "Groups",
+    "Hidden",
     "Plugin",
     "PluginError",
     "Prompt",
@@ -38,6 +40,7 @@ __all__ = [
     "StateError",
     "Tokens",
     "Verdict",
+    "Wish",
     "hookimpl",
     "setting",
 ]
@@ -46,6 +49,8 @@ _LAZY = {
     "Batch": "batch",
     "Tokens": "tokens",
     "Groups": "groups",
+    "Hidden": "hidden",
+    "Wish": "hidden",
     **dict.fromkeys(["Actor", "Answer", "Prompt", "Prompts", "Rollout", "Run", "Segment", "Verdict"], "services"),
 }
 

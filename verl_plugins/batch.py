@@ -18,6 +18,7 @@ from torch import Tensor
 from verl_plugins.errors import DataError
 from verl_plugins.fields import LOSS_MASK, RESERVED, Fields, Source, TensorSource, narrowed, version
 from verl_plugins.groups import Groups
+from verl_plugins.hidden import Hidden
 from verl_plugins.selecting import SelectsRows
 
 TOLD = {"truncated", "offset", "lag", "lag_steps"}
@@ -293,6 +294,11 @@ class Batch(SelectsRows):
     def sum_pi_squared(self) -> Tensor:
         """[B,T] sum over the vocabulary of the squared probabilities, before this step's update."""
         return self._field("sum_pi_squared")
+
+    @property
+    def hidden(self) -> Hidden | None:
+        """Hidden states of the policy before this step's update; None in steps for which no plugin wished for any."""
+        return self._field("hidden_states")
 
     @property
     def prompt_log_probs(self) -> Tensor:

@@ -12,6 +12,8 @@ from verl_plugins.hookspecs import API_VERSION
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from verl_plugins.hidden import Wish
+
 
 def setting(
     default: Any,
@@ -40,9 +42,10 @@ class Plugin:
 
     Class attributes: `name` (the key under `plugins:`), `paper`, `version` (grows when saved state changes meaning),
     `api` (the API_VERSION it was written for), `verl` (the verl versions it works with), `needs` (fields verl must
-    compute for it: entropy, current_entropy, old_log_probs, prompt_log_probs, rollout_log_probs, ref_log_probs; and the
-    columns uid, rm_scores, verdict where the loss reads them with `tokens.extra`), `label_free` (training needs no
-    ground truth while the plugin is on: it makes its own labels, or scores without them).
+    compute for it: entropy, current_entropy, old_log_probs, prompt_log_probs, rollout_log_probs, ref_log_probs,
+    hidden_states (which of them says `hidden_wish`); and the columns uid, rm_scores, verdict where the loss reads them
+    with `tokens.extra`), `label_free` (training needs no ground truth while the plugin is on: it makes its own labels,
+    or scores without them).
     """
 
     name: ClassVar[str]
@@ -65,6 +68,12 @@ class Plugin:
 
         `config` is the whole composed configuration; called in the driver before any process starts.
         """
+
+    def hidden_wish(self) -> Wish:
+        """Of a plugin that needs `hidden_states`: which of them, of how many tokens, and how often."""
+        from verl_plugins.hidden import Wish
+
+        return Wish()
 
     def start_scoring(self) -> None:
         """Called once in each reward worker before answers come: start here what `score_answer` needs."""

@@ -15,7 +15,7 @@ ENTRIES = (
     "[verl_plugins]\nevery_stage = every_stage:EveryStage\nbroken = broken:Broken\nfailing = "
     "broken:Failing\nin_turn = in_turn:InTurn\ntrouble = trouble:Trouble\nunsaved = trouble:Unsaved\n"
 )
-ENTRIES += "alike = alike:Alike\nrecipes = es_recipes:RECIPES\n"
+ENTRIES += "alike = alike:Alike\nleft_over = left_over:LeftOver\nrecipes = es_recipes:RECIPES\n"
 RECIPES = {
     "every_stage": "plugins: {every_stage: {}}\nalgorithm: {adv_estimator: grpo}\n",
     "in_turn": "plugins: {grpo: {}, in_turn: {}}\nalgorithm: {adv_estimator: grpo}\n",
@@ -50,7 +50,7 @@ class Failing(Plugin):
 def third_party(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an installed distribution: two plugins and their recipes."""
     site = tmp_path_factory.mktemp("site")
-    for file in ("every_stage.py", "in_turn.py", "trouble.py", "odd_loop.py", "alike.py"):
+    for file in ("every_stage.py", "in_turn.py", "trouble.py", "odd_loop.py", "alike.py", "left_over.py"):
         shutil.copy(HERE / file, site)
     (site / "broken.py").write_text(BROKEN)
     information = site / "every_stage-1.0.dist-info"

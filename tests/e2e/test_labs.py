@@ -20,6 +20,7 @@ BROKEN = {
     "mgt": ("layers=1", "a residual stack keeps more than one without skips"),
     "mixup_nc": ("num_classes=2", "they are longer than the straight mix"),
     "nc_deep_linear": ("iterations=3", "no descent ends below the formula's objective"),
+    "nc_perturbation": ("feature_decay=0", "the features' regularisation moves variability more than the classifier's"),
     "nrr_core": ("zero_padding=true", "NRR-lite keeps more bits"),
     "perp_grad": ("epochs=20", "⊥AdamW comes to know the sums that it was not shown"),
     "stablemax": ("epochs=20", "StableMax with ⊥SGD comes to know the sums that it was not shown"),

@@ -3,9 +3,9 @@
 import torch
 from cases import Case
 
+from verl_plugins.diagnostics.mgt import depth_geometry
 from verl_plugins.labs.mgt import (
     delta_update,
-    depth_geometry,
     doubly_stochastic,
     erasing_update,
     gated,

@@ -2,7 +2,7 @@
 
 from cases import Case
 
-from verl_plugins.labs.nc_deep_linear import Problem, optimum
+from verl_plugins.diagnostics.nc_deep_linear import Problem, optimum
 
 
 def replay(case: Case, expected: dict) -> dict:

@@ -18,6 +18,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from verl_plugins.bridge import census, probe
 from verl_plugins.bridge.defaults import ActorDefaults
+from verl_plugins.bridge.hidden import TakesStates
 from verl_plugins.bridge.joined import JoinedMetrics
 from verl_plugins.bridge.logits import shape
 from verl_plugins.bridge.loss import LOSS_STAGES, STEP_KEY, PluginLoss
@@ -49,6 +50,8 @@ class PluginActorWorker(ActorRolloutRefWorker):
         actor = EngineActor(engine, loss, metrics)
         self.plugins = plugins
         shape(plugins, *[part.engine.module for part in (self.actor, self.ref) if part is not None])
+        if wishes := [plugin.hidden_wish() for plugin in plugins if "hidden_states" in plugin.needs]:
+            TakesStates(engine, wishes)
         if not any(plugins.implements(stage) for stage in STAGES):
             return
         plugins.add_fallback(ActorDefaults(engine.optimizer_step))

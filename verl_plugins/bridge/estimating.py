@@ -119,6 +119,8 @@ class EstimatesAdvantage(SendsRows):
             known["prompt_log_probs"] = torch.stack([self._prompt_log_probs[key] for key in keys])
         if self._sum_pi_squared:
             known["sum_pi_squared"] = torch.stack([self._sum_pi_squared[key] for key in keys])
+        if "hidden_states" in self.needs:
+            known["hidden_states"] = None if self._hidden is None else self._hidden.of(keys)
         changed = bool(self._full.dropped.any()) or self._full.additions
         full = self._full if changed else None
         self._batch = batch = self._open(keys, known, full)

@@ -14,7 +14,9 @@ from transfer_queue import KVBatchMeta
 from verl.workers.utils.padding import response_from_nested
 
 from verl_plugins.batch import Batch
+from verl_plugins.bridge import hidden
 from verl_plugins.bridge.queue import QueueSource, write_fields
+from verl_plugins.hidden import Wish
 
 FORWARD_FIELDS = ("input_ids", "position_ids", "loss_mask", "routed_experts", "multi_modal_inputs")
 LOSS_FIELDS = ("prompts", "responses", "response_mask", "old_log_probs", "advantages", "ref_log_prob")
@@ -28,7 +30,10 @@ SQUARES = "calculate_sum_pi_squared"
 
 
 class SendsRows:
-    """Mixed into one of verl's trainers; expects `plugins`, `needs` and `clock`."""
+    """Mixed into one of verl's trainers; expects `plugins`, `needs`, `seed` and `clock`."""
+
+    _hidden: hidden.ReadStates | None = None
+    """Of the batch that is trained on; None in a step in which no plugin wished for any."""
 
     _begun_with: dict[str, int]
     """By row key: the step whose end the weights are of that began the response."""
@@ -94,14 +99,21 @@ class SendsRows:
         batch = self._for_workers(batch)
         if squares := "sum_pi_squared" in self.needs:
             batch.extra_info[SQUARES] = True
+        asked = hidden.ask(batch, self._wishes, self.global_steps, self.seed)
         batch = super()._compute_old_log_prob(batch, metrics)
-        batch.extra_info.pop(SQUARES, None)
+        for word in (SQUARES, hidden.MEASURED_STEP):
+            batch.extra_info.pop(word, None)
+        self._hidden = None if asked is None else hidden.read(batch, asked)
         if squares:
             self._read_sum_pi_squared(batch)
         self._restore_old_log_probs(batch.partition_id)
         if "prompt_log_probs" in self.needs:
             self._read_prompt_log_probs(batch)
         return batch
+
+    @property
+    def _wishes(self) -> list[Wish]:
+        return [plugin.hidden_wish() for plugin in self.plugins if "hidden_states" in plugin.needs]
 
     def _restore_old_log_probs(self, partition: str) -> None:
         """Rows of earlier steps have again those of the policy that wrote them; verl asks the current one for all."""

@@ -18,6 +18,7 @@ MODES = ("sync", "colocate_async", "separate_async")
 NEEDS = (
     "current_entropy",
     "entropy",
+    "hidden_states",
     "logits",
     "old_log_probs",
     "prompt_log_probs",
@@ -111,7 +112,7 @@ def _check_loss(config: DictConfig, plugins: Plugins) -> None:
 
 MADE = ("data.", "actor_rollout_ref.model.", "critic.model.", "actor_rollout_ref.rollout.multi_turn.tool_config_path")
 """Keys whose values presets make."""
-OF_THE_PASS = ("entropy", "old_log_probs", "prompt_log_probs", "sum_pi_squared")
+OF_THE_PASS = ("entropy", "hidden_states", "old_log_probs", "prompt_log_probs", "sum_pi_squared")
 """What the forward pass before the update computes."""
 
 
@@ -134,6 +135,9 @@ def _provide(config: DictConfig, need: str, plugin: Plugin) -> None:
         )
     if need == "logits":
         refusals.check_logits(config, f"plugin {plugin.name!r} needs logits (actor.logits)")
+    if need == "hidden_states":
+        refusals.check_hidden(config, plugin.name)
+        plugin.hidden_wish()
     with open_dict(config):
         if need == "rollout_log_probs":
             config.actor_rollout_ref.rollout.calculate_log_probs = True

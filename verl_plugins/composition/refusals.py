@@ -125,6 +125,23 @@ def check_logits(config: DictConfig, who: str) -> None:
         )
 
 
+def check_hidden(config: DictConfig, name: str) -> None:
+    """Refuse, for plugin `name`, settings under which a rank does not see the states of whole responses.
+
+    Raises:
+        CompositionError: names the key and what would be right.
+    """
+    check_logits(config, f"plugin {name!r} needs hidden_states (batch.hidden)")
+    key = "actor_rollout_ref.actor.ulysses_sequence_parallel_size"
+    own = "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size"
+    for one in (key, own):
+        if (size := OmegaConf.select(config, one) or 1) > 1:
+            raise CompositionError(
+                f"plugin {name!r} needs hidden_states (batch.hidden), and with {one}={size} a rank has a part of each "
+                f"sequence only: set {one}=1, or leave the plugin out with ~plugins.{name}"
+            )
+
+
 def _check_engines(config: DictConfig, defaults: DictConfig) -> None:
     """The engines of `model_engine` and the `strategy` keys, which verl reads in other places, must agree."""
     on_cpu = config.trainer.device == "cpu"

@@ -25,8 +25,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, layer_norm, normalize
+from torch.nn.functional import layer_norm
 
+from verl_plugins.diagnostics.mgt import effective_rank, pairwise_cosine
 from verl_plugins.lab import Claim, Curve, Findings, Panel, Progress
 from verl_plugins.plugin import setting
 
@@ -77,35 +78,6 @@ def doubly_stochastic(logits: Tensor, iterations: int = 10, tau: float = 0.05) -
         found = found - found.logsumexp(1, keepdim=True)
         found = found - found.logsumexp(0, keepdim=True)
     return found.exp()
-
-
-def effective_rank(states: Tensor) -> Tensor:
-    """exp(entropy of sigma / sum sigma) of the singular values of states [..., tokens, d], not centred."""
-    values = torch.linalg.svdvals(states)
-    shares = values / values.sum(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
-    return torch.special.entr(shares).sum(-1).exp()
-
-
-def pairwise_cosine(states: Tensor) -> Tensor:
-    """Mean cosine of two different tokens of states [..., tokens, d]; 1 for a single token."""
-    tokens = states.shape[-2]
-    if tokens < 2:
-        return states.new_ones(states.shape[:-2])
-    unit = normalize(states, dim=-1)
-    return (unit.sum(-2).square().sum(-1) - unit.square().sum((-1, -2))) / (tokens * (tokens - 1))
-
-
-def depth_geometry(states: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
-    """Of states [layers, tokens, d] and the tokens that count, mask [tokens]: a value for each layer, or each step."""
-    states = states if mask is None else states[:, mask.bool()]
-    before, after = states[:-1], states[1:]
-    return {
-        "effective_rank": effective_rank(states),
-        "mean_pairwise_cosine": pairwise_cosine(states),
-        "mean_norm": states.norm(dim=2).mean(1),
-        "layer_to_layer_cosine": cosine_similarity(before, after, dim=2).mean(1),
-        "update_alignment": cosine_similarity(before, after - before, dim=2).mean(1),
-    }
 
 
 def sublayers(layers: int, generator: torch.Generator) -> Iterator[Sublayer]:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from verl_plugins.diagnostics.nc_deep_linear import Optimum, Problem, optimum
 from verl_plugins.lab import Claim, Curve, Findings, Panel, Progress
 from verl_plugins.plugin import setting
 
@@ -44,15 +45,6 @@ class Settings:
     starts: int = setting(1, "random starts of each fit, beside one near the formula's optimum", ge=1)
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Samples per class, decay of each layer, decay of the features."""
-
-    counts: tuple[int, ...]
-    decays: tuple[float, ...]
-    feature_decay: float
-
-
 PROBLEMS = {
     "one layer": Problem((20, 8, 3), (2e-3,), 5e-4),
     "two layers": Problem((20, 8, 4), (0.01, 0.01), 0.01),
@@ -62,63 +54,6 @@ PROBLEMS = {
     "two layers, a class vanishes": Problem((20, 8, 3), (0.03, 0.03), 0.03),
 }
 SLOPES, VANISHING, LOST = "one layer", "one layer, a class vanishes", "three layers"
-
-
-@dataclass(frozen=True)
-class Optimum:
-    """By class."""
-
-    fit: Tensor
-    """p [classes]: the response of the class's own output."""
-    feature_norm: Tensor
-    """Length of each feature [classes]."""
-    singular_values: Tensor
-    """Of each layer [classes, layers]."""
-    objective: Tensor
-    """Scalar."""
-
-
-def fitted(share: Tensor, cost: Tensor, layers: int) -> Tensor:
-    """p [classes] that minimises share/2 (p - 1)^2 + (M+1)/2 cost p^(2/(M+1)) for share n_k/N and cost C_k."""
-    if layers == 1:
-        return torch.where(share > 0, 1 - cost / share.clamp_min(1e-300), torch.zeros_like(share)).clamp_min(0)
-    power = (1 - layers) / (1 + layers)
-    best = torch.ones_like(share)
-    for _ in range(200):
-        slope = share * (best - 1) + cost * best**power
-        bend = share + power * cost * best ** (power - 1)
-        step = torch.where(bend > 0, slope / bend.clamp_min(1e-300), torch.full_like(best, torch.inf))
-        best = (best - step.clamp_min(0)).clamp_min(0)
-    gain = share / 2 - class_objective(best, share, cost, layers)
-    return torch.where((best > 0) & (gain > 0), best, torch.zeros_like(best))
-
-
-def class_objective(p: Tensor, share: Tensor, cost: Tensor, layers: int) -> Tensor:
-    """The part of each class [classes] at response p."""
-    return share / 2 * (p - 1).square() + (layers + 1) / 2 * cost * p ** (2 / (layers + 1))
-
-
-def optimum(problem: Problem) -> Optimum:
-    """The global minimum, by class.
-
-    Raises:
-        ValueError: a decay is not positive, so that lengths have no limit, or there is no sample.
-    """
-    counts = torch.tensor(problem.counts, dtype=torch.float64)
-    decays = torch.tensor(problem.decays, dtype=torch.float64)
-    if not (float(decays.min()) > 0 and problem.feature_decay > 0 and float(counts.sum()) > 0):
-        raise ValueError("decays must be positive, and there must be samples")
-    layers = len(problem.decays)
-    share = counts / counts.sum()
-    cost = (decays.prod() * problem.feature_decay * counts) ** (1 / (layers + 1))
-    p = fitted(share, cost, layers)
-    term = cost * p ** (2 / (layers + 1))
-    return Optimum(
-        fit=p,
-        feature_norm=(term / (problem.feature_decay * counts.clamp_min(1))).sqrt(),
-        singular_values=(term[:, None] / decays).sqrt(),
-        objective=class_objective(p, share, cost, layers).sum(),
-    )
 
 
 @dataclass(frozen=True)

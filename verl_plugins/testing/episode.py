@@ -24,6 +24,7 @@ from verl_plugins.testing.actor import ActorPart
 from verl_plugins.testing.fakes import FakeRun
 from verl_plugins.testing.record import Recorder, StageFailed, batch_inputs
 from verl_plugins.testing.scenario import POLICY_FIELDS, TOKENIZER, Change, Scenario, World, stored_as
+from verl_plugins.testing.states import invented
 from verl_plugins.testing.table import Table
 
 PROCESSES = ("driver", "agent_loop", "reward", "actor")
@@ -293,7 +294,7 @@ class Episode:
         """Rewards shaped and rows dropped: the rows that are left, and the whole batch."""
         if self._change.shuffle:
             rows = rows.shuffled(run.step)
-        full = self._batch(rows, self._needs & {"rollout_log_probs"})
+        full = self._batch(rows, self._needs & {"rollout_log_probs"}, run.step)
         if "shape_rewards" in self._own:
             self._driver("shape_rewards", run, batch=full)
             self._record(run, "shape_rewards", "the reward of row", full, full.rewards)
@@ -317,9 +318,9 @@ class Episode:
         """The rows with their advantages and with what was put, and the names of the latter."""
         if self._change.shuffle:
             rows = rows.shuffled(run.step + 1)
-        known = {"old_log_probs", *(self._needs & set(POLICY_FIELDS))}
+        known = {"old_log_probs", *(self._needs & {*POLICY_FIELDS, "hidden_states"})}
         changed = bool(full.dropped.any()) or full.additions
-        batch = self._batch(rows, known, full if changed else None)
+        batch = self._batch(rows, known, run.step, full if changed else None)
         plain = batch.to_tokens(grpo_advantage(batch.scores, batch.groups))
         self._defaults.estimator = plain.clone
         advantages = plain
@@ -349,9 +350,11 @@ class Episode:
                 f"gives an advantage of size {given:.6g} to a response that has none to compare with",
             )
 
-    def _batch(self, rows: Table, known: Sequence[str] | set[str], full: Batch | None = None) -> Batch:
+    def _batch(self, rows: Table, known: Sequence[str] | set[str], step: int, full: Batch | None = None) -> Batch:
         """A batch with tensors of its own, and those of the policy's fields that are known by then."""
         hidden = {"current_entropy", "log_probs", *map(stored_as, POLICY_FIELDS)} - set(map(stored_as, known))
         columns = {name: column for name, column in rows.copy().columns.items() if name not in hidden}
+        if "hidden_states" in known:
+            columns["hidden_states"] = invented(self.plugins["driver"].hidden_wish(), rows, step)
         source = TensorSource(rows.keys, columns)
         return Batch(source, tokenizer=TOKENIZER, budget=self._scenario.tokens, full=full)

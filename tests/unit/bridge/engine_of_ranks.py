@@ -44,22 +44,25 @@ def mini_batch(mine: list[tuple[torch.Tensor, ...]], padded: bool) -> Any:
     return tu.get_tensordict({**tensors, **masks, "input_ids": nested(whole), "position_ids": positions}, settings)
 
 
-def made(folder: Path) -> Any:
-    """The engine, with the settings of the preset cpu."""
+def made(folder: Path, kind: type | None = None, **of_model: Any) -> Any:
+    """The engine, or one of another kind, with the settings of the preset cpu and further ones of the model."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
 
     from verl_plugins.cpu.engine import ResponseEngine
 
     single = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+    of_model = {"enable_gradient_checkpointing": False, **of_model}
     model = HFModelConfig(
         path=str(folder / "model"),
         use_remove_padding=False,
-        enable_gradient_checkpointing=False,
         override_config={"attn_implementation": "sdpa"},
+        **of_model,
     )
     settings = FSDPEngineConfig(strategy="fsdp2", dtype="float32", use_torch_compile=False, mixed_precision=single)
-    engine = ResponseEngine(model, settings, FSDPOptimizerConfig(lr=0.02, total_training_steps=9), CheckpointConfig())
+    engine = (kind or ResponseEngine)(
+        model, settings, FSDPOptimizerConfig(lr=0.02, total_training_steps=9), CheckpointConfig()
+    )
     engine.initialize()
     return engine
 

@@ -11,18 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lab_page import PAGES, not_on_page
 
+from verl_plugins.diagnostics.mgt import depth_geometry, effective_rank, pairwise_cosine
 from verl_plugins.labs import mgt
-from verl_plugins.labs.mgt import (
-    Settings,
-    delta_update,
-    depth_geometry,
-    doubly_stochastic,
-    effective_rank,
-    erasing_update,
-    gated,
-    pairwise_cosine,
-    signed_beta,
-)
+from verl_plugins.labs.mgt import Settings, delta_update, doubly_stochastic, erasing_update, gated, signed_beta
 
 FEW = settings(max_examples=40, deadline=None)
 PAGE = PAGES / "mgt.md"

@@ -12,20 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lab_page import not_on_page
 
+from verl_plugins.diagnostics.nc_deep_linear import Problem, class_objective, fitted, optimum
 from verl_plugins.labs import nc_deep_linear
-from verl_plugins.labs.nc_deep_linear import (
-    PROBLEMS,
-    Ends,
-    Problem,
-    Settings,
-    Weights,
-    class_objective,
-    fitted,
-    labels,
-    objective,
-    optimal_weights,
-    optimum,
-)
+from verl_plugins.labs.nc_deep_linear import PROBLEMS, Ends, Settings, Weights, labels, objective, optimal_weights
 
 FEW = settings(max_examples=60, deadline=None)
 DECAY = st.floats(1e-5, 0.3)

@@ -80,6 +80,17 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"config": {"equivalence": "jaccard", "similarity": 0.5, "sigma": 0.5}},
         {"config": {"equivalence": "tool_call"}},
     ],
+    "linguistic_collapse": [
+        {"config": {"freq": 2, "min_per_class": 1}},
+        {"config": {"labels": ["uid"], "freq": 1}},
+        {"config": {"freq": 1, "fixed_classes": False, "holdout": 0.5, "ncc_classes": "all", "max_tokens": 40}},
+    ],
+    "nc_perturbation": [
+        {"config": {"freq": 2, "layer_step": 2}},
+        {"config": {"labels": "token", "freq": 1, "layer_step": 1}},
+    ],
+    "nc_deep_linear": [{"config": {"freq": 2}}, {"config": {"freq": 1, "feature_decay": 50.0, "min_per_class": 2}}],
+    "mgt": [{"config": {"freq": 2, "layer_step": 1}}, {"config": {"freq": 1, "max_tokens": 7}}],
     "be_more_active": [
         {"config": {"slots": ["answer"]}},
         {"config": {"slots": ["answer", "acc"], "statistic": "log_length", "steps": 2}},
