@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from verl_plugins.groups import Groups
     from verl_plugins.services import Actor, Answer, Prompt, Prompts, Rollout, Run, Segment, Verdict
     from verl_plugins.tokens import Tokens
+    from verl_plugins.values import Values
 
 __all__ = [
     "API_VERSION",
@@ -37,6 +38,7 @@ __all__ = [
     "Segment",
     "StateError",
     "Tokens",
+    "Values",
     "Verdict",
     "hookimpl",
     "setting",
@@ -45,6 +47,7 @@ __all__ = [
 _LAZY = {
     "Batch": "batch",
     "Tokens": "tokens",
+    "Values": "values",
     "Groups": "groups",
     **dict.fromkeys(["Actor", "Answer", "Prompt", "Prompts", "Rollout", "Run", "Segment", "Verdict"], "services"),
 }
