@@ -27,9 +27,7 @@ def known(heads: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Old values [T,N] and returns [T] of each row."""
     generator = torch.Generator().manual_seed(1)
     sizes = [len(response) for _, response, _ in rows()]
-    return [
-        [torch.randn(size, *more, generator=generator) / 5 for size in sizes] for more in ((heads,), ())
-    ]  # type: ignore[return-value]
+    return [[torch.randn(size, *more, generator=generator) / 5 for size in sizes] for more in ((heads,), ())]  # type: ignore[return-value]
 
 
 def made(folder: Path, heads: int) -> Any:
