@@ -21,6 +21,7 @@ BROKEN = {
     "mixup_nc": ("num_classes=2", "they are longer than the straight mix"),
     "nc_deep_linear": ("iterations=3", "no descent ends below the formula's objective"),
     "nrr_core": ("zero_padding=true", "NRR-lite keeps more bits"),
+    "ravl": ("rollout_steps=30", "one member fails, though the dynamics are exact"),
     "perp_grad": ("epochs=20", "⊥AdamW comes to know the sums that it was not shown"),
     "stablemax": ("epochs=20", "StableMax with ⊥SGD comes to know the sums that it was not shown"),
     "posterior_collapse_attack": ("training_steps=20", "the attack harms the reconstruction"),
