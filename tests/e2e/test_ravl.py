@@ -15,7 +15,7 @@ pytestmark = pytest.mark.e2e
 STEPS, HEADS, RANKS = 2, 3, 2
 SETTINGS = (
     *SHORT,
-    f"plugins.ravl.members={HEADS}",
+    "plugins.ravl.members=3",
     f"trainer.n_gpus_per_node={RANKS}",
     "data.max_response_length=2",
     "critic.optim.lr=1e-3",
