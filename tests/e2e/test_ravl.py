@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.tensor  # its classes, which shards are made of
-from training import SHORT, Training, healthy, ours, train
+from training import SHORT, Training, ours, train
 
 pytestmark = pytest.mark.e2e
 
@@ -33,8 +33,9 @@ def trained(out: Path) -> Training:
 
 
 def test_it_trains_and_says_what_it_saw(trained: Training) -> None:
-    healthy(trained, STEPS)
+    assert [step["step"] for step in trained.steps] == list(range(1, STEPS + 1))
     for step in trained.steps:
+        assert step["actor/grad_norm"] > 0.01 and step["training/rollout_probs_diff_max"] < 1e-3
         found = ours(step, "ravl")
         assert 0 < found["truncated_frac"] < 1
         assert found["truncated_frac"] == pytest.approx(step["health/truncated"], abs=1e-6)
@@ -43,9 +44,13 @@ def test_it_trains_and_says_what_it_saw(trained: Training) -> None:
         assert step["critic/grad_norm"] > 0 and step["critic/vf_loss"] != 0
 
 
-def test_the_baseline_is_below_the_mean_of_the_heads(trained: Training) -> None:
+def test_advantages_are_those_of_the_smallest_values(trained: Training) -> None:
+    """verl's own metrics: GAE whitens, and with gamma = lam = 1 a return has the reward, and what follows a cut."""
     for step in trained.steps:
-        assert math.isfinite(step["critic/values/mean"]) and math.isfinite(step["critic/returns/mean"])
+        assert step["critic/advantages/mean"] == pytest.approx(0, abs=1e-5)
+        assert step["critic/values/min"] <= step["critic/values/mean"] < step["critic/vpred_mean"]
+        lowest = ours(step, "ravl")["bootstrap_mean"]
+        assert step["critic/returns/min"] <= lowest or lowest > 0
 
 
 def head(trained: Training, step: int) -> torch.Tensor:
@@ -62,5 +67,5 @@ def test_heads_are_saved_and_go_on_from_there(trained: Training) -> None:
     one, two = head(trained, 1), head(trained, 2)
     assert one.shape == two.shape and one.shape[0] == HEADS
     moved = (two - one).abs().amax()
-    assert 0 < moved < 0.02, "four steps of Adam at 1e-3, not heads drawn anew"
+    assert 0 < moved < 0.005, "two steps of Adam at 1e-3, not heads drawn anew"
     assert "resuming after step 1" in trained.output
