@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from verl_plugins.hidden import Hidden, Wish
     from verl_plugins.services import Actor, Answer, Prompt, Prompts, Rollout, Run, Segment, Verdict
     from verl_plugins.tokens import Tokens
+    from verl_plugins.values import Values
 
 __all__ = [
     "API_VERSION",
@@ -39,6 +40,7 @@ __all__ = [
     "Segment",
     "StateError",
     "Tokens",
+    "Values",
     "Verdict",
     "Wish",
     "hookimpl",
@@ -48,6 +50,7 @@ __all__ = [
 _LAZY = {
     "Batch": "batch",
     "Tokens": "tokens",
+    "Values": "values",
     "Groups": "groups",
     "Hidden": "hidden",
     "Wish": "hidden",

@@ -20,12 +20,13 @@ from verl_plugins.fields import LOSS_MASK, RESERVED, Fields, Source, TensorSourc
 from verl_plugins.groups import Groups
 from verl_plugins.hidden import Hidden
 from verl_plugins.selecting import SelectsRows
+from verl_plugins.values import HasValues
 
 TOLD = {"truncated", "offset", "lag", "lag_steps"}
 """What the bridge says of rows, under names of its own."""
 
 
-class Batch(SelectsRows):
+class Batch(SelectsRows, HasValues):
     """The responses of one training step, padding rows left out; fields are fetched when first read.
 
     Group statistics count each session once, by its last output; their results come back for every row.
@@ -38,6 +39,7 @@ class Batch(SelectsRows):
         self._fields = Fields()
         self.written: dict[str, Tensor] = {}
         """Fields put by plugins, still to be shipped by the bridge."""
+        self._assigned = {}
         super().__init__(full)
 
     @classmethod

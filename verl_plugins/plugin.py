@@ -42,10 +42,11 @@ class Plugin:
 
     Class attributes: `name` (the key under `plugins:`), `paper`, `version` (grows when saved state changes meaning),
     `api` (the API_VERSION it was written for), `verl` (the verl versions it works with), `needs` (fields verl must
-    compute for it: entropy, current_entropy, old_log_probs, prompt_log_probs, rollout_log_probs, ref_log_probs,
+    compute for it: entropy, current_entropy, old_log_probs, prompt_log_probs, rollout_log_probs, ref_log_probs, values,
     hidden_states (which of them says `hidden_wish`); and the columns uid, rm_scores, verdict where the loss reads them
     with `tokens.extra`), `label_free` (training needs no ground truth while the plugin is on: it makes its own labels,
-    or scores without them).
+    or scores without them). An attribute of the object: `value_heads`, how many heads the value model has; more than 1
+    for one plugin of a run at most.
     """
 
     name: ClassVar[str]
@@ -55,6 +56,7 @@ class Plugin:
     verl: ClassVar[str] = ">=0.9.1,<0.10"
     needs: ClassVar[frozenset[str]] = frozenset()
     label_free: ClassVar[bool] = False
+    value_heads: int = 1
 
     @dataclass
     class Config:

@@ -14,6 +14,7 @@ import pytest
 from verl.workers.rollout.llm_server import LLMServerManager
 
 from verl_plugins.bridge.actor import PluginActorWorker
+from verl_plugins.bridge.critic import PluginCriticWorker, ValueHeadsEngine
 from verl_plugins.bridge.loops import SingleTurn, ToolLoop
 from verl_plugins.bridge.reward import PluginRewardManager
 from verl_plugins.bridge.rollout import PluginAgentLoopManager, PluginAgentLoopWorker
@@ -24,6 +25,8 @@ from verl_plugins.cpu.rollout import ServerAdapter, TransformersReplica
 DERIVED = [
     *TRAINERS.values(),
     PluginActorWorker,
+    PluginCriticWorker,
+    ValueHeadsEngine,
     PluginRewardManager,
     PluginAgentLoopManager,
     PluginAgentLoopWorker,
@@ -42,6 +45,7 @@ ATTRIBUTES: list[tuple[str, str]] = [
     # what we read of, or set on, objects of verl's that are not ours: (module:class, names)
     (TRAINER, "actor_rollout_wg critic_wg llm_server_manager checkpoint_manager replay_buffer role_worker_mapping"),
     (TRAINER, "train_dataloader train_dataloader_it train_dataset val_dataloader tokenizer processor trainer_mode"),
+    (TRAINER, "use_critic critic_wg role_worker_mapping"),
     (TRAINER, "global_steps total_training_steps timing_raw config"),
     ("verl.single_controller.base.worker_group:WorkerGroup", "_dispatch_info"),
     ("verl.single_controller.base.worker:Worker", "_query_dispatch_info"),
@@ -50,7 +54,8 @@ ATTRIBUTES: list[tuple[str, str]] = [
     (f"{AGENT_LOOP}:AgentLoopBase", "continuous_token_builder ct_build_initial_tokens _cap_text_prompt_length"),
     (f"{AGENT_LOOP}:AgentLoopManager", "agent_loop_workers_class"),
     (f"{WORKERS}:ActorRolloutRefWorker", "actor ref config"),
-    (f"{WORKERS}:TrainingWorker", "engine loss_fn train_mini_batch"),
+    (f"{WORKERS}:TrainingWorker", "engine loss_fn train_mini_batch train_batch"),
+    (ENGINE, "model_config get_data_parallel_group"),
     (ENGINE, "module optimizer optimizer_step train_batch infer_batch get_data_parallel_group"),
     (ENGINE, "ulysses_sequence_parallel_size ulysses_parallel_group"),
     (f"{ENGINE}WithLMHead", "prepare_model_outputs"),

@@ -22,6 +22,7 @@ BROKEN = {
     "nc_deep_linear": ("iterations=3", "no descent ends below the formula's objective"),
     "nc_perturbation": ("feature_decay=0", "the features' regularisation moves variability more than the classifier's"),
     "nrr_core": ("zero_padding=true", "NRR-lite keeps more bits"),
+    "ravl": ("rollout_steps=30", "one member fails, though the dynamics are exact"),
     "perp_grad": ("epochs=20", "⊥AdamW comes to know the sums that it was not shown"),
     "stablemax": ("epochs=20", "StableMax with ⊥SGD comes to know the sums that it was not shown"),
     "posterior_collapse_attack": ("training_steps=20", "the attack harms the reconstruction"),

@@ -135,12 +135,16 @@ class EngineActor:
         return output
 
     def train_mini_batch(self, train_mini_batch: Callable[..., TensorDict | None], data: TensorDict) -> Any:
-        """The worker's whole update; its metrics, where this rank reports any, joined by those of the plugins."""
-        output = train_mini_batch(data=data)
-        own = {key: _metric(reduce, values) for key, (reduce, values) in self._metrics.take().items()}
-        if output is not None and own:
-            tu.assign_non_tensor(output, metrics={**tu.get(output, "metrics"), **own})
-        return output
+        """The worker's whole update."""
+        return with_metrics(train_mini_batch(data=data), self._metrics)
+
+
+def with_metrics(output: TensorDict | None, metrics: JoinedMetrics) -> TensorDict | None:
+    """What a worker says of its update; its metrics, where this rank reports any, joined by those of the plugins."""
+    own = {key: _metric(reduce, values) for key, (reduce, values) in metrics.take().items()}
+    if output is not None and own:
+        tu.assign_non_tensor(output, metrics={**tu.get(output, "metrics"), **own})
+    return output
 
 
 def _metric(reduce: str, values: Sequence[float]) -> Metric:

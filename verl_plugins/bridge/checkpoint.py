@@ -26,7 +26,7 @@ from verl_plugins.plugin import Plugin
 
 FORMAT = 1
 FOLDER = "plugins"
-PROCESSES = ("driver", "actor")
+PROCESSES = ("driver", "actor", "critic")
 
 States = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """process -> plugin -> what its state_dict returned."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from verl_plugins.batch import Batch
     from verl_plugins.services import Actor, Rollout
     from verl_plugins.tokens import Tokens
+    from verl_plugins.values import Values
 
 
 class DriverDefaults:
@@ -59,6 +60,23 @@ class ActorDefaults:
     @hookimpl(trylast=True)
     def optimizer_step(self, actor: Actor) -> float:
         return self._optimizer_step()
+
+
+class CriticDefaults:
+    """verl's clipped loss of values, summed over the heads."""
+
+    @hookimpl(trylast=True)
+    def value_loss(self, values: Values) -> Tensor:
+        return clipped_value_losses(values)[0].sum(-1)
+
+
+def clipped_value_losses(values: Values) -> tuple[Tensor, Tensor]:
+    """[rows,T,N] PPO's clipped loss of each head, as verl's before aggregation, and whether it is the clipped one."""
+    predicted, old, returns = values.values, values.old_values, values.returns[..., None]
+    reach = values.config.cliprange_value
+    near = torch.max(torch.min(predicted, old + reach), old - reach)
+    plain, clipped = (predicted - returns) ** 2, (near - returns) ** 2
+    return 0.5 * torch.max(plain, clipped), (clipped > plain).detach()
 
 
 LOG_RATIO_LIMIT = 20.0

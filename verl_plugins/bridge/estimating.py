@@ -22,6 +22,7 @@ from verl_plugins.bridge.queue import is_padding
 from verl_plugins.bridge.rollout import METRICS_FIELD
 from verl_plugins.bridge.rows import MAX_TOKENS, OFFSET, ROLLOUT_N, TRUNCATED
 from verl_plugins.bridge.sending import SendsRows
+from verl_plugins.bridge.valuing import KnowsValues
 from verl_plugins.diagnostics.budget import rollout_budget
 from verl_plugins.diagnostics.health import group_health, lag_health, policy_health, reward_parts, signal_health
 from verl_plugins.tokens import row_number
@@ -31,7 +32,7 @@ HEALTH_FIELDS += (TRUNCATED, OFFSET)
 """What nothing but the metrics of every step reads; columns that do not exist in a run are left out."""
 
 
-class EstimatesAdvantage(SendsRows):
+class EstimatesAdvantage(SendsRows, KnowsValues):
     """Mixed into one of verl's trainers."""
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, **kwargs: Any) -> KVBatchMeta:
@@ -121,12 +122,14 @@ class EstimatesAdvantage(SendsRows):
             known["sum_pi_squared"] = torch.stack([self._sum_pi_squared[key] for key in keys])
         if "hidden_states" in self.needs:
             known["hidden_states"] = None if self._hidden is None else self._hidden.of(keys)
+        known |= self._known_values(rows)
         changed = bool(self._full.dropped.any()) or self._full.additions
         full = self._full if changed else None
         self._batch = batch = self._open(keys, known, full)
 
         def verls_estimator() -> Tensor:
-            original(data, batch_keys=batch_keys, **kwargs)
+            with self._assigned_values(data, rows, batch):
+                original(data, batch_keys=batch_keys, **kwargs)
             return data.batch["advantages"][rows]
 
         self.defaults.estimator = verls_estimator

@@ -60,7 +60,7 @@ class PluginLoss:
     def _loss(
         self, model_output: dict[str, Tensor], data: TensorDict, dp_group: Any
     ) -> tuple[Tensor, dict[str, Metric]]:
-        data = _of_masked_tokens(data)
+        data = of_masked_tokens(data)
         self._data, self._tokens, entropy = data, None, model_output.get("entropy")
         self._entropy = None if entropy is None else no_padding_2_padding(entropy, data)
         loss, metrics = ppo_loss(config=self.config, model_output=model_output, data=data, dp_group=dp_group)
@@ -167,7 +167,7 @@ class PluginLoss:
             self._metrics.add(f"plugins/{owner}/{key}", value, reduce)
 
 
-def _of_masked_tokens(data: TensorDict) -> TensorDict:
+def of_masked_tokens(data: TensorDict) -> TensorDict:
     """The micro-batch, in which only tokens of the loss mask count as generated.
 
     verl divides by the mask's tokens but looks at all of the response. A mini-batch may have none.

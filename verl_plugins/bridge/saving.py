@@ -26,6 +26,7 @@ class SavesState:
     def _load_checkpoint(self) -> None:
         section = OmegaConf.to_container(self.config.plugins)
         self.actor_rollout_wg.set_plugins(section, self.seed)
+        self._set_critic_plugins(section)
         self._shape_served_logits(section)
         checkpoint.try_saving(self._states())  # here, and not at the first checkpoint hours later
         super()._load_checkpoint()
@@ -47,10 +48,9 @@ class SavesState:
 
     def _states(self) -> checkpoint.States:
         """State of all plugins, by process and plugin."""
-        return {
-            "driver": {plugin.name: plugin.state_dict() for plugin in self.plugins},
-            "actor": self.actor_rollout_wg.plugin_state()[0],
-        }
+        driver = {plugin.name: plugin.state_dict() for plugin in self.plugins}
+        critic = {"critic": self.critic_wg.plugin_state()[0]} if self._acts_on_critic else {}
+        return {"driver": driver, "actor": self.actor_rollout_wg.plugin_state()[0], **critic}
 
     @contextmanager
     def _keep_marker(self, file: str, mode: str = "r") -> Iterator[io.StringIO]:
@@ -81,6 +81,8 @@ class SavesState:
             if plugin.name in states["driver"]:
                 plugin.load_state_dict(states["driver"][plugin.name])
         self.actor_rollout_wg.load_plugin_state(states["actor"])
+        if self._acts_on_critic:
+            self.critic_wg.load_plugin_state(states["critic"])
 
     def _checkpoint_folder(self) -> Path:
         trainer = self.config.trainer

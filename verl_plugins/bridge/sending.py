@@ -71,7 +71,7 @@ class SendsRows:
         """Ship the fields plugins have put, for all rows of `meta`."""
         mask = tq.kv_batch_get(keys=meta.keys, partition_id=meta.partition_id, select_fields=["response_mask"])
         fields, batch.written = batch.written, {}
-        self._shipped |= fields.keys()
+        self._shipped |= fields.keys() - {"values"}
         place = {key: row for row, key in enumerate(meta.keys)}
         rows = torch.tensor([place[key] for key in batch.keys])
         stored = write_fields(meta, rows, fields, mask["response_mask"])

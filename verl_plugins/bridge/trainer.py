@@ -165,8 +165,12 @@ class Stages(DrawsPrompts, EstimatesAdvantage, ServesRollouts, SavesState):
     def _update_critic(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         if self._full.update_skipped:
             return batch
+        batch.extra_info[STEP_KEY] = self.global_steps
         with self._group_size():
-            return super()._update_critic(batch, metrics)
+            batch = super()._update_critic(batch, metrics)
+        for key in [key for key in metrics if key.startswith("critic/plugins/")]:
+            metrics[key.removeprefix("critic/")] = metrics.pop(key)
+        return batch
 
     def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> None:
         with self.clock():

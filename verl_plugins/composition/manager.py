@@ -32,7 +32,7 @@ from verl_plugins.plugin import Plugin
 
 LATE = ("verl", "ray", "transfer_queue")
 """What a run imports when it has set what they read as they are imported: the platform, the node, the address."""
-SCOPED = ("run", "tokens", "actor")
+SCOPED = ("run", "tokens", "values", "actor")
 """Arguments of a stage that each plugin receives as its own view, where they have one (`.scoped(plugin name)`)."""
 
 
@@ -257,7 +257,7 @@ def _scoped(impl: pluggy.HookImpl, owner: str, stage: str, blamed: str, check: C
 
 def _note_call(stage: str, impls: Sequence[pluggy.HookImpl], arguments: Mapping[str, Any]) -> None:
     order = " > ".join(f"{impl.plugin_name} ({_kind(stage, impl)})" for impl in reversed(impls)) or "no plugin"
-    step = getattr(arguments.get("run") or arguments.get("tokens") or arguments.get("actor"), "step", None)
+    step = getattr(next((arguments[name] for name in SCOPED if name in arguments), None), "step", None)
     print(f"trace: process {os.getpid()}{'' if step is None else f' step {step}'}: {stage} calls {order}", flush=True)
 
 

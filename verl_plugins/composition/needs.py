@@ -5,7 +5,7 @@ from __future__ import annotations
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from verl_plugins.composition import refusals, separate, sizes
+from verl_plugins.composition import critic, refusals, separate, sizes
 from verl_plugins.composition.compose import Composed
 from verl_plugins.composition.loggers import check_loggers
 from verl_plugins.composition.look import reward
@@ -27,9 +27,10 @@ NEEDS = (
     "rm_scores",
     "sum_pi_squared",
     "uid",
+    "values",
     "verdict",
 )
-"""Fields verl can be asked for; the last three exist anyway, and are sent to the loss when a plugin needs them."""
+"""Fields verl can be asked for; rm_scores, uid and verdict exist anyway, and are sent to the loss when needed."""
 
 
 def check(composed: Composed) -> Plugins:
@@ -49,6 +50,7 @@ def check(composed: Composed) -> Plugins:
             plugins = build(composed.plugins)
         refusals.check(composed, plugins)
         _check_loss(config, plugins)
+        critic.check(config, plugins)
         for plugin in plugins:
             for need in sorted(plugin.needs):
                 _provide(config, need, plugin)

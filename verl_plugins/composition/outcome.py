@@ -130,6 +130,19 @@ def _loss(losses: Any, arguments: Mapping[str, Any]) -> None:
     _of_tokens("policy_loss", losses, arguments["tokens"])
 
 
+def _value_loss(losses: Any, arguments: Mapping[str, Any]) -> None:
+    values = arguments["values"]
+    _per_token("value_loss", losses, values.response_mask.shape, "")
+    where = f"of micro-batch {values.micro_batch}, mini-batch {values.mini_batch}, step {values.step}"
+    try:
+        _finite("value_loss returned", losses, lambda row: f"{row} {where}")
+    except ResultError:
+        for name in ("values", "old_values", "returns"):
+            if not math.isfinite(getattr(values, name).detach().sum()):
+                raise DataError(f"the critic's loss was given {name} that are not finite, {where}") from None
+        raise
+
+
 def _shaped_logits(shaped: Any, arguments: Mapping[str, Any]) -> None:
     """Their values are not looked at: there are a vocabulary's for every token, and what is wrong shows in the loss."""
     logits = arguments["logits"]
@@ -250,6 +263,7 @@ CHECKS: Mapping[str, Check] = {
     "shape_rewards": _shaped,
     "select_rows": _chosen_rows,
     "estimate_advantage": _advantage,
+    "value_loss": _value_loss,
     "policy_loss": _loss,
     "loss_terms": _terms,
     "optimizer_step": _norm,
@@ -258,7 +272,7 @@ EACH = ("loss_terms",)
 """Stages that call all and whose results are read: a wrapper gives the list of them."""
 LATER = ("estimate_advantage", "observe")
 """Stages of the batch that come too late for its rewards."""
-SILENT = ("estimate_advantage", "policy_loss")
+SILENT = ("estimate_advantage", "value_loss", "policy_loss")
 """Stages on which an implementation may give None and leave the answer to the next; a wrapper may not."""
 
 
@@ -287,7 +301,7 @@ def check_in_training(stage: str, result: Any, arguments: Mapping[str, Any], *, 
     Raises:
         ResultError: as `check`, or a tensor was written into: others read it, or nobody does.
     """
-    shown = arguments.get("batch", arguments.get("tokens"))
+    shown = next((arguments[name] for name in ("batch", "tokens", "values") if name in arguments), None)
     if changed := getattr(shown, "changed_in_place", list)():
         instead = "assign batch.rewards or call batch.put" if "batch" in arguments else "compute a tensor of your own"
         raise ResultError(f"{stage} wrote into {changed[0]}, which others read as it was: {instead}")

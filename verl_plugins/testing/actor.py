@@ -163,7 +163,7 @@ class ActorPart:
         joined = JoinedMetrics()
         joined.join([metrics.leave() for metrics in self._metrics])
         metrics = {key: values[0] for key, (_, values) in joined.take().items()}
-        stage = "policy_loss" if "policy_loss" in self._own else "loss_terms"
+        stage = next(name for name in ("value_loss", "policy_loss", "loss_terms") if name in self._own)
         self._recorder.note_metrics(step, stage, metrics, f"mini-batch {mini_batch}")
 
     def _record(self, step: int, stage: str, what: str, values: Tensor, rows: Table, mask: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,14 @@ from verl_plugins.hookspecs import STAGES
 from verl_plugins.plugin import Plugin
 from verl_plugins.services import Answer, Generated, Prompt, Prompts, Rollout, Verdict
 from verl_plugins.testing.actor import ActorPart
+from verl_plugins.testing.critic import CriticPart
 from verl_plugins.testing.fakes import FakeRun
 from verl_plugins.testing.record import Recorder, StageFailed, batch_inputs
 from verl_plugins.testing.scenario import POLICY_FIELDS, TOKENIZER, Change, Scenario, World, stored_as
 from verl_plugins.testing.states import invented
 from verl_plugins.testing.table import Table
 
-PROCESSES = ("driver", "agent_loop", "reward", "actor")
+PROCESSES = ("driver", "agent_loop", "reward", "actor", "critic")
 DISTURBED = ("old_log_probs", "log_probs", "entropy", "current_entropy", "rollout_log_probs", "ref_log_prob")
 DISTURBED += ("sum_pi_squared",)
 MORE_COLUMNS = 3
@@ -92,7 +94,7 @@ class Episode:
         self._calls = {
             process: Plugins([plugin], check=outcome.check)
             for process, plugin in self.plugins.items()
-            if process != "actor"
+            if process not in ("actor", "critic")
         }
         self._own = {stage for stage in STAGES if self._calls["driver"].implements(stage)}
         self._defaults = DriverDefaults()
@@ -101,6 +103,8 @@ class Episode:
         self._needs = frozenset(self.plugins["driver"].needs)
         ranks = [self.plugins["actor"], *[make() for _ in range(1, self._change.ranks)]]
         self._actor = ActorPart(ranks, config, self._change, scenario.seed, self.recorder)
+        critics = [self.plugins["critic"], *[make() for _ in range(1, self._change.ranks)]]
+        self._critic = CriticPart(critics, config, self._change, scenario.seed, self.recorder)
 
     def play(self, steps: Sequence[int], *, end: bool = False) -> Episode:
         """Steps by number, from 1; `end` also ends the training."""
@@ -135,6 +139,7 @@ class Episode:
         rows, full = self._shaped(run, rows)
         rows, put = self._estimated(run, rows, full)
         if not full.update_skipped:
+            self._critic.update(step, rows, set(), self._width)
             self._actor.update(step, rows, put | full.written.keys(), self._width)
         self._validate(run, full)
         if "on_step_end" in self._own:
@@ -323,6 +328,9 @@ class Episode:
         batch = self._batch(rows, known, run.step, full if changed else None)
         plain = batch.to_tokens(grpo_advantage(batch.scores, batch.groups))
         self._defaults.estimator = plain.clone
+        if values := self._critic.known(run.step, rows):
+            batch._fields.update(values)
+            self._defaults.estimator = partial(self._critic.estimated, plain, batch)
         advantages = plain
         if "estimate_advantage" in self._own:
             advantages = self._driver("estimate_advantage", run, batch=batch)

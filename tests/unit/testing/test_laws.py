@@ -25,6 +25,7 @@ PER_CALL = "as in the authors' code, means, counts and draws are per micro-batch
 LONE = {"lonely_group.estimate_advantage": "prompts are compared with each other, the lone response's as well"}
 LONE_QUANTILES = {"lonely_group.estimate_advantage": "tracked quantiles of earlier steps are compared with"}
 LONE_TERM = {"lonely_group.estimate_advantage": "the term that is added looks at the response alone"}
+OF_VALUES = {"lonely_group.estimate_advantage": "GAE compares a response with the critic, whoever else is there"}
 LONE_SEGMENTS = {"lonely_group.estimate_advantage": "segments are compared with continuations of their own response"}
 TRUST_REGION = "as in the authors' code, the drift that is penalised is the mean of the micro-batch"
 SUMS_PER_ROW = Scenario(overrides={"actor_rollout_ref.actor.loss_agg_mode": "seq-mean-token-sum"})
@@ -106,6 +107,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
             "config": {"score_norm": "length", "agg_mode": "winsorized_mean", "scaling_rule": "linear"},
         },
         {"scenario": SEQUENCES, "config": {"scope": "minibatch", "agg_mode": "median", "use_clipped": True}},
+    ],
+    "ravl": [
+        {"except_for": OF_VALUES},
+        {"config": {"members": 1}, "except_for": OF_VALUES},
+        {"config": {"members": 3, "aggregate": "mean", "baseline": "mean", "eta": 0.1}, "except_for": OF_VALUES},
+        {"config": {"bootstrap": "none"}, "except_for": OF_VALUES},
     ],
     "perp_grad": [{"scenario": FSDP2}, {"scenario": FSDP2, "config": {"granularity": "global", "min_ndim": 0}}],
     "ghosts_of_softmax": [
