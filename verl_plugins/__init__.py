@@ -15,6 +15,7 @@ from verl_plugins.plugin import Plugin, setting
 
 if TYPE_CHECKING:
     from verl_plugins.batch import Batch
+    from verl_plugins.distilled import Distilled
     from verl_plugins.groups import Groups
     from verl_plugins.services import Actor, Answer, Prompt, Prompts, Rollout, Run, Segment, Verdict
     from verl_plugins.tokens import Tokens
@@ -26,6 +27,7 @@ __all__ = [
     "Batch",
     "CompositionError",
     "DataError",
+    "Distilled",
     "Groups",
     "Plugin",
     "PluginError",
@@ -44,6 +46,7 @@ __all__ = [
 
 _LAZY = {
     "Batch": "batch",
+    "Distilled": "distilled",
     "Tokens": "tokens",
     "Groups": "groups",
     **dict.fromkeys(["Actor", "Answer", "Prompt", "Prompts", "Rollout", "Run", "Segment", "Verdict"], "services"),

@@ -4,8 +4,9 @@ A plugin implements the stages it needs, with any subset of the arguments, in an
 answer of one plugin; the others call all. Any stage may be wrapped with `@hookimpl(wrapper=True)`. An implementation
 marked `trylast` on a first-result stage is a default: any other plugin replaces it.
 
-Driver process: all stages but six. Agent-loop workers: `rollout_group`. Rollout servers and actor workers:
-`shape_logits`. Reward workers: `score_answer`. Actor workers: `policy_loss`, `loss_terms`, `optimizer_step`.
+Driver process: all stages but seven. Agent-loop workers: `rollout_group`. Rollout servers and actor workers:
+`shape_logits`. Reward workers: `score_answer`. Actor workers: `distillation_loss`, `policy_loss`, `loss_terms`,
+`optimizer_step`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from verl_plugins.batch import Batch
+    from verl_plugins.distilled import Distilled
     from verl_plugins.services import Actor, Answer, Prompt, Prompts, Rollout, Run, Verdict
     from verl_plugins.tokens import Tokens
 
@@ -78,6 +80,11 @@ def observe(run: Run, batch: Batch) -> None:
 
 
 @hookspec(firstresult=True)
+def distillation_loss(distilled: Distilled) -> Tensor | None:
+    """Loss of each response token against the teacher, [tokens], in the place of verl's forward KL over its top k."""
+
+
+@hookspec(firstresult=True)
 def policy_loss(tokens: Tokens) -> Tensor | None:
     """Per-token loss, [rows, tokens], before aggregation; a wrapper re-weights it. Called once per micro-batch."""
 
@@ -113,7 +120,7 @@ def on_train_end(run: Run) -> None:
 
 
 FIRST_RESULT = ("select_prompts", "rollout_group", "shape_logits", "score_answer", "estimate_advantage", "policy_loss")
-FIRST_RESULT += ("optimizer_step",)
+FIRST_RESULT += ("distillation_loss", "optimizer_step")
 STAGES = (
     "select_prompts",
     "prepare_prompts",
@@ -124,6 +131,7 @@ STAGES = (
     "select_rows",
     "estimate_advantage",
     "observe",
+    "distillation_loss",
     "policy_loss",
     "loss_terms",
     "optimizer_step",
