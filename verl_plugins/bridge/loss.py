@@ -91,7 +91,11 @@ class PluginLoss:
             return compute_topk_loss(*given)
         with torch.no_grad():  # what is only measured
             measured = compute_topk_loss(*given)
-        return {**measured, "distillation_losses": self.head_losses.take(data)[None]}
+        losses = self.head_losses.take(data)[None]
+        if self._distilling or not self.distillation.distillation_loss.use_task_rewards:
+            # FSDP2 gathers what lies around the head when a gradient reaches the model's output, be it of zeros.
+            losses = losses + 0.0 * logits[..., 0]
+        return {**measured, "distillation_losses": losses}
 
     @contextmanager
     def distilling(self) -> Iterator[None]:
