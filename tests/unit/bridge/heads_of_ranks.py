@@ -110,7 +110,7 @@ def seen(folder: Path, mine: list[int]) -> dict[str, Any]:
         one.metrics.leave()
         for _ in range(2):
             found[f"{head}_updated"] = one.update(padded)
-        found[f"{head}_metrics"] = {key: values[0] for key, (_, values) in one.metrics.take().items()}
+        found[f"{head}_metrics"] = {key: values[-1] for key, (_, values) in one.metrics.take().items()}
         found[f"{head}_state"] = {key: value.clone() for key, value in one.plugin.state_dict().items()}
         found[f"{head}_sent"] = sorted(name for name, _ in one.engine.get_per_tensor_param()[0])
         found[f"{head}_kept"] = sorted(one.engine.module.state_dict())
