@@ -103,8 +103,8 @@ def _check_distillation(config: DictConfig, plugins: Plugins) -> None:
     for name in (name for stage in OF_THE_POLICY_LOSS for name, _ in plugins.of_stage(stage)):
         if not OmegaConf.select(config, f"{DISTILLATION}.use_task_rewards"):
             raise CompositionError(
-                f"{DISTILLATION}.use_task_rewards=False leaves no policy loss for plugin {name!r}: set it to True, or "
-                f"leave the plugin out with ~plugins.{name}"
+                f"{DISTILLATION}.use_task_rewards=False leaves no policy loss for plugin {name!r}: set "
+                f"{DISTILLATION}.use_task_rewards=true, or leave the plugin out with ~plugins.{name}"
             )
     for name, _ in plugins.of_stage("distillation_loss"):
         _check_heads(config, name)

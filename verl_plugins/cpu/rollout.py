@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from transformers import AutoModelForCausalLM
 from verl.plugin.platform import get_platform
 from verl.utils.config import omega_conf_to_dataclass
@@ -260,10 +260,16 @@ class TransformersReplica(RolloutReplica):
         return await self.launch_servers()
 
     @property
+    def _model(self) -> DictConfig:
+        """verl names a teacher's path and nothing else, which would have it ask for flash attention."""
+        if not self.is_teacher_model:
+            return self.model_config
+        return OmegaConf.merge({"override_config": {"attn_implementation": "sdpa"}}, self.model_config)
+
+    @property
     def _name(self) -> str:
-        return f"teacher_{_server_name(self.replica_rank)}{self.name_suffix}" if self.is_teacher_model else (
-            _server_name(self.replica_rank)
-        )
+        name = _server_name(self.replica_rank)
+        return f"teacher_{name}{self.name_suffix}" if self.is_teacher_model else name
 
     async def launch_servers(self) -> None:
         if self.world_size != 1:
@@ -276,7 +282,7 @@ class TransformersReplica(RolloutReplica):
         if not on_cpu:
             options |= await self._beside_worker()
         threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)) if on_cpu else None
-        server = ray.remote(TransformersServer).options(**options).remote(self.config, self.model_config, threads)
+        server = ray.remote(TransformersServer).options(**options).remote(self.config, self._model, threads)
         await server.ready.remote()
         self.servers = [server]
         self._server_handle = server

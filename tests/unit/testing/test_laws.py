@@ -97,6 +97,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"scenario": SEQUENCES, "config": {"scope": "minibatch", "agg_mode": "median", "use_clipped": True}},
     ],
     "perp_grad": [{"scenario": FSDP2}, {"scenario": FSDP2, "config": {"granularity": "global", "min_ndim": 0}}],
+    "dhkd": [
+        {"scenario": FSDP2},
+        {"scenario": FSDP2, "config": {"head": "lowrank", "rank": 2, "align_gradients": True}},
+        {"scenario": FSDP2, "config": {"head": "full", "loss": "binary_kl_norm"}},
+        {"scenario": FSDP2, "config": {"loss": "binary_kl", "temperature": 1.0}},
+    ],
     "ghosts_of_softmax": [
         {"scenario": FSDP2},
         {"scenario": FSDP2, "config": {"target_r": 1e-3, "quantile": 0.9}},
