@@ -1,4 +1,4 @@
-"""What the distillation loss sees of the data: `Distilled`, the response tokens of one micro-batch in an actor worker."""
+"""What the distillation loss sees: `Distilled`, the response tokens of one micro-batch in an actor worker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the stage `distillation_loss` acts: inside the forward pass of the policy's head, whose weights are whole there.
+"""Where the stage `distillation_loss` acts: in the forward pass of the policy's head, whose weights are whole there.
 
 FSDP gathers a head's weights as its forward pass begins, and lets go of them after it. So the stage is called between
 the two, with the hidden states of the response tokens that count; verl asks for its losses a moment later, where it

@@ -1,4 +1,4 @@
-"""What the preset `cpu` needs before a run starts: its model, its task and its teacher, made once and kept in a cache."""
+"""What the preset `cpu` needs before a run: model, task and teacher, made once and kept in a cache."""
 
 from __future__ import annotations
 

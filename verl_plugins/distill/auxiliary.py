@@ -2,8 +2,8 @@
 
 So verl neither wraps it, nor sends it to the rollout servers, nor exports it; its state travels with the plugin's.
 
-`lowrank` adds B A h to the policy's logits, which it reads as constants; `full` has weights of its own. Both begin with
-what the policy's head gives. The update is AdamW's, with learning rate, betas and weight decay of the actor's optimiser.
+`lowrank` adds B A h to what the policy's head makes as a constant; `full` has weights of its own. Both begin with what
+the policy's head gives. The update is AdamW's, with learning rate, betas and weight decay of the actor's optimiser.
 """
 
 from __future__ import annotations

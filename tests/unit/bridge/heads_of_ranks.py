@@ -127,9 +127,10 @@ def seen(folder: Path, mine: list[int]) -> dict[str, Any]:
 
     type(aligned.actor).distillation_gradient = lambda self: watched()
     aligned.update(padded)
-    found["second_pass"], found["aligned_metrics"] = caught, {
-        key: values[0] for key, (_, values) in aligned.metrics.take().items()
-    }
+    found["second_pass"], found["aligned_metrics"] = (
+        caught,
+        {key: values[0] for key, (_, values) in aligned.metrics.take().items()},
+    )
     return found
 
 

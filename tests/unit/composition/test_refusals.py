@@ -94,7 +94,6 @@ class TestTeacher:
         refused("grpo", self.ON, f"{self.SERVER}.name=trtllm", parts=(f"{self.SERVER}.name is 'trtllm'", "vllm"))
 
 
-
 class TestLogits:
     """Shaped on all sides or on none, and looked at where they are made."""
 

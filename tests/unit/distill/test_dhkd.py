@@ -91,7 +91,10 @@ class TestLosses:
 
 class TestAlign:
     def test_a_contradiction_is_taken_out_of_the_second(self) -> None:
-        first, second = [torch.tensor([2.0, 0.0]), torch.tensor([0.0])], [torch.tensor([-1.0, 3.0]), torch.tensor([5.0])]
+        first, second = (
+            [torch.tensor([2.0, 0.0]), torch.tensor([0.0])],
+            [torch.tensor([-1.0, 3.0]), torch.tensor([5.0])],
+        )
         found = align(first, second)
         assert found.projected and float(found.dot) == -2
         assert_close(found.merged, [torch.tensor([2.0, 3.0]), torch.tensor([5.0])])

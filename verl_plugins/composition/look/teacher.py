@@ -41,8 +41,10 @@ def _folder(key: str, path: str) -> Path:
     if local.is_dir():
         return local
     if local.exists() or not is_name(path):
-        raise CompositionError(f"{key}: there is no folder {path}; set {key}=… to the folder of a model, or to a name on "
-                               "the Hugging Face Hub")
+        raise CompositionError(
+            f"{key}: there is no folder {path}; set {key}=… to the folder of a model, or to a name on "
+            "the Hugging Face Hub"
+        )
     return snapshot(path, key)
 
 
