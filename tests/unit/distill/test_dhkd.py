@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
@@ -20,6 +20,7 @@ from verl_plugins.distilled import forward_kl, of_teacher
 from verl_plugins.testing import FakeActor
 
 VOCABULARY, WIDTH = 11, 6
+FEW = settings(max_examples=50, deadline=None)
 NUMBERS = st.lists(st.tuples(st.floats(-8, 8), st.floats(-8, 8)), min_size=1, max_size=5)
 
 
@@ -45,6 +46,7 @@ def plugin(**settings: Any) -> DHKD:
 
 
 class TestLosses:
+    @FEW
     @given(NUMBERS, st.floats(0.5, 4))
     def test_binary_kl_norm_by_the_formula(self, pairs, temperature) -> None:
         total = 0.0
@@ -56,6 +58,7 @@ class TestLosses:
             temperature**2 * total, rel=1e-6, abs=1e-9
         )
 
+    @FEW
     @given(NUMBERS, st.floats(0.5, 4))
     def test_binary_kl_by_the_formula(self, pairs, temperature) -> None:
         total = 0.0
