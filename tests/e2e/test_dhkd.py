@@ -40,7 +40,10 @@ def test_the_teacher_is_asked_and_is_sure_of_itself(run: Training) -> None:
     for step in run.steps:
         assert 0.9 < step["actor/distillation/teacher_mass"] < 1 + 1e-4
         assert step["actor/distillation/teacher_mass"] > step["actor/distillation/student_mass"] - 0.05
-        assert step["actor/distillation/loss"] > 0 and step["actor/distillation/loss_max"] > step["actor/distillation/loss_min"] >= 0
+        assert (
+            step["actor/distillation/loss"] > 0
+            and step["actor/distillation/loss_max"] > step["actor/distillation/loss_min"] >= 0
+        )
 
 
 def test_the_loss_is_that_of_the_auxiliary_head(run: Training) -> None:

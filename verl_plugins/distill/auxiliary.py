@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import linear
 
-from verl_plugins import Distilled
+from verl_plugins import Distilled, StateError
 
 KEPT = ("step", "exp_avg", "exp_avg_sq")
 """What AdamW remembers of a parameter."""
@@ -94,7 +94,18 @@ class AuxiliaryHead:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state_dict` gave; of a head that was not made yet, nothing."""
+        """Restore what `state_dict` gave; of a head that was not made yet, nothing.
+
+        Raises:
+            StateError: it is that of another kind of head, or of another rank.
+        """
+        shape = tuple(state["a"].shape[:1]) if "a" in state else ()
+        if state and shape != ((self.rank,) if self.kind == "lowrank" else ()):
+            saved = f"lowrank of rank {shape[0]}" if shape else "full"
+            raise StateError(
+                f"plugins.dhkd.head={self.kind}, plugins.dhkd.rank={self.rank}: the checkpoint holds an auxiliary head "
+                f"that is {saved}, so resume with the same settings"
+            )
         if names := [name for name in state if "." not in name]:
             self._begin({name: state[name].clone() for name in names})
         for name in names:

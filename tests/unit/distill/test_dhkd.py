@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from verl_plugins import CompositionError, Distilled
+from verl_plugins import CompositionError, Distilled, StateError
 from verl_plugins.composition import needs
 from verl_plugins.composition.compose import compose
 from verl_plugins.distill.dhkd import DHKD, align, binary_kl, binary_kl_norm
@@ -186,6 +186,14 @@ class TestOwnHead:
         second.load_state_dict(state)
         self.steps(second, range(2, 4))
         assert_close(second.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+    @pytest.mark.parametrize("other", [{"head": "full"}, {"head": "lowrank", "rank": 3}])
+    def test_another_head_s_state(self, other, sentence) -> None:
+        one = plugin(head="lowrank", rank=2)
+        self.steps(one, range(1))
+        with pytest.raises(StateError) as error:
+            plugin(**other).load_state_dict(one.state_dict())
+        sentence(error.value, f"plugins.dhkd.head={other['head']}", "lowrank of rank 2")
 
     def test_nothing_is_saved_of_a_head_that_is_not_there(self) -> None:
         assert plugin().state_dict() == plugin(head="full").state_dict() == {}
