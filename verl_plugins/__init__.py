@@ -15,6 +15,7 @@ from verl_plugins.plugin import Plugin, setting
 
 if TYPE_CHECKING:
     from verl_plugins.batch import Batch
+    from verl_plugins.distilled import Distilled
     from verl_plugins.groups import Groups
     from verl_plugins.hidden import Hidden, Wish
     from verl_plugins.services import Actor, Answer, Prompt, Prompts, Rollout, Run, Segment, Verdict
@@ -28,6 +29,7 @@ __all__ = [
     "Batch",
     "CompositionError",
     "DataError",
+    "Distilled",
     "Groups",
     "Hidden",
     "Plugin",
@@ -49,6 +51,7 @@ __all__ = [
 
 _LAZY = {
     "Batch": "batch",
+    "Distilled": "distilled",
     "Tokens": "tokens",
     "Values": "values",
     "Groups": "groups",

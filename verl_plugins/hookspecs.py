@@ -4,9 +4,9 @@ A plugin implements the stages it needs, with any subset of the arguments, in an
 answer of one plugin; the others call all. Any stage may be wrapped with `@hookimpl(wrapper=True)`. An implementation
 marked `trylast` on a first-result stage is a default: any other plugin replaces it.
 
-Driver process: all stages but seven. Agent-loop workers: `rollout_group`. Rollout servers and actor workers:
-`shape_logits`. Reward workers: `score_answer`. Critic workers: `value_loss`. Actor workers: `policy_loss`,
-`loss_terms`, `optimizer_step`.
+Driver process: all stages but eight. Agent-loop workers: `rollout_group`. Rollout servers and actor workers:
+`shape_logits`. Reward workers: `score_answer`. Critic workers: `value_loss`. Actor workers: `distillation_loss`,
+`policy_loss`, `loss_terms`, `optimizer_step`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from verl_plugins.batch import Batch
+    from verl_plugins.distilled import Distilled
     from verl_plugins.services import Actor, Answer, Prompt, Prompts, Rollout, Run, Verdict
     from verl_plugins.tokens import Tokens
     from verl_plugins.values import Values
@@ -85,6 +86,11 @@ def value_loss(values: Values) -> Tensor | None:
 
 
 @hookspec(firstresult=True)
+def distillation_loss(distilled: Distilled) -> Tensor | None:
+    """Loss of each response token against the teacher, [tokens], in the place of verl's forward KL over its top k."""
+
+
+@hookspec(firstresult=True)
 def policy_loss(tokens: Tokens) -> Tensor | None:
     """Per-token loss, [rows, tokens], before aggregation; a wrapper re-weights it. Called once per micro-batch."""
 
@@ -120,7 +126,7 @@ def on_train_end(run: Run) -> None:
 
 
 FIRST_RESULT = ("select_prompts", "rollout_group", "shape_logits", "score_answer", "estimate_advantage", "policy_loss")
-FIRST_RESULT += ("optimizer_step", "value_loss")
+FIRST_RESULT += ("value_loss", "distillation_loss", "optimizer_step")
 STAGES = (
     "select_prompts",
     "prepare_prompts",
@@ -132,6 +138,7 @@ STAGES = (
     "estimate_advantage",
     "observe",
     "value_loss",
+    "distillation_loss",
     "policy_loss",
     "loss_terms",
     "optimizer_step",

@@ -250,6 +250,13 @@ class Actor(Protocol):
         or dropout, in single precision or better. All ranks must call it together; declare `logits` in `needs`.
         """
 
+    def distillation_gradient(self) -> list[Tensor]:
+        """This rank's parts of the gradient of the distillation loss alone, its coefficient in it: one for each of
+        `parameters()`, whose own gradients are of all losses together and stay.
+
+        It takes another forward and backward pass over the mini-batch, and FSDP2; all ranks must call it together.
+        """
+
     def gather(self, values: Tensor) -> Tensor:
         """[any] values of all ranks, one rank's after the other's; all must call it together, some may have none."""
 

@@ -16,7 +16,7 @@ PACKAGE = Path(verl_plugins.__file__).parent
 FILES = sorted(file.relative_to(PACKAGE) for file in PACKAGE.rglob("*.py") if "template" not in file.parts)
 METHODS = ("advantage", "reward", "sampling", "entropy", "optim", "distill", "diagnostics", "labs")
 ROOT = {"__init__", "hookspecs", "plugin", "batch", "selecting", "fields", "tokens", "groups", "services", "replay"}
-ROOT |= {"errors", "lab", "hidden", "values"}
+ROOT |= {"distilled", "errors", "hidden", "lab", "values"}
 ADDRESSES = {"cli", "__main__"}
 """`python -m verl_plugins` and `python -m verl_plugins.cli`, which only point at the command."""
 FOREIGN = ("verl", "ray", "transfer_queue", "vllm")

@@ -44,6 +44,7 @@ TRAINER, AGENT, LOOP = "verl.trainer.ppo.v1.trainer_base", "verl.trainer.ppo.v1.
 AGENT_LOOP, SERVER = f"{LOOP}.agent_loop.agent_loop", "verl.workers.rollout.llm_server"
 PADDING, DICTS = "verl.workers.utils.padding", "verl.utils.tensordict_utils"
 PLATFORM, REPLICA = "verl.plugin.platform.platform_manager", "verl.workers.rollout.replica"
+DISTILLATION, TEACHER = "verl.trainer.distillation.losses", f"{LOOP}.teacher_loop.teacher_manager"
 ENGINE, WORKERS = "verl.workers.engine.fsdp.transformer_impl", "verl.workers.engine_workers"
 
 SYMBOLS: list[tuple[str, str, str | None]] = [
@@ -248,6 +249,15 @@ SYMBOLS: list[tuple[str, str, str | None]] = [
     # Ray
     ("ray", "init", "address num_cpus num_gpus include_dashboard runtime_env"),
     ("ray", "get_actor", "name"),
+    # a teacher
+    ("verl.trainer.distillation", "distillation_ppo_loss", "config distillation_config model_output data dp_group"),
+    (DISTILLATION, "compute_topk_loss", "config distillation_config data student_logits data_format"),
+    (DISTILLATION, "distillation_loss", "config distillation_config model_output data"),
+    ("verl.workers.config", "DistillationConfig", None),
+    ("verl.workers.config", "DistillationTeacherModelConfig._validate_topk_logprobs", "self use_topk topk"),
+    (ENGINE, "FSDPEngineWithLMHead.forward_step", "self micro_batch loss_function forward_only"),
+    (REPLICA, "RolloutMode", None),
+    (REPLICA, "RolloutReplica.init_colocated", "self resource_pool"),
     ("ray", "remote", None),
     ("ray", "is_initialized", ""),
     ("ray", "get_runtime_context", ""),
@@ -274,6 +284,10 @@ FIELDS: list[tuple[str, str, str]] = [
     (AGENT, "AgentLoopWorkerTQ.__ray_metadata__.modified_class.generate_sequences", "validate global_steps index"),
     ("verl.workers.utils.losses", "ppo_loss", "old_log_probs advantages response_mask rollout_is_weights loss_mode"),
     (PADDING, "no_padding_2_padding", "prompts responses"),
+    (DISTILLATION, "compute_topk_loss", "teacher_logprobs teacher_ids"),
+    (DISTILLATION, "compute_forward_kl_topk", "distillation_losses student_mass teacher_mass"),
+    (TEACHER, "_get_teacher_sampling_params", "prompt_logprobs"),
+    (TEACHER, "AsyncTeacherLLMServerManager.compute_teacher_logprobs_single", "prompt_ids prompt_logprobs"),
     (ENGINE, "FSDPEngineWithLMHead.prepare_model_inputs", "temperature temperature_rmpad use_remove_padding"),
     (ENGINE, "FSDPEngine.forward_backward_batch", "loss_mask"),
     ("verl.workers.engine.utils", "prepare_micro_batches", "use_dynamic_bsz micro_batch_size_per_gpu"),

@@ -1,7 +1,7 @@
 """A plugin that implements every stage and writes down what it sees; installed by the tests as a third party would.
 
-Every stage but `shape_logits` and `value_loss`: it trains with vLLM, too, where nobody may shape logits
-(`test_logits.py` does), and without a critic (`test_ravl.py` has one).
+Every stage but three: it trains with vLLM, too, where nobody may shape logits (`test_logits.py` does), without a critic
+(`test_ravl.py` has one) and without a teacher (`test_dhkd.py` has one).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from verl_plugins import DataError, Plugin, Verdict, hookimpl, setting
 from verl_plugins.hookspecs import STAGES
 
-IMPLEMENTED = tuple(stage for stage in STAGES if stage not in ("shape_logits", "value_loss"))
+IMPLEMENTED = tuple(stage for stage in STAGES if stage not in ("shape_logits", "value_loss", "distillation_loss"))
 SHORT, LONG = 2, 12
 """Response budgets of even and odd prompts."""
 TARGETS = ["1", "23", "456\n"]

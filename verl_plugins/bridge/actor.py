@@ -16,7 +16,7 @@ from verl.utils.device import get_device_name
 from verl.utils.metric import Metric
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
-from verl_plugins.bridge import census, probe
+from verl_plugins.bridge import census, heads, probe
 from verl_plugins.bridge.defaults import ActorDefaults
 from verl_plugins.bridge.hidden import TakesStates
 from verl_plugins.bridge.joined import JoinedMetrics
@@ -24,7 +24,7 @@ from verl_plugins.bridge.logits import shape
 from verl_plugins.bridge.loss import LOSS_STAGES, STEP_KEY, PluginLoss
 from verl_plugins.composition.blame import crossing
 
-STAGES = (*LOSS_STAGES, "optimizer_step")
+STAGES = (heads.STAGE, *LOSS_STAGES, "optimizer_step")
 
 
 class PluginActorWorker(ActorRolloutRefWorker):
@@ -46,7 +46,8 @@ class PluginActorWorker(ActorRolloutRefWorker):
         plugins = census.build(section, f"actor worker {torch.distributed.get_rank()}")
         engine = self.actor.engine
         metrics = JoinedMetrics()
-        loss = PluginLoss(plugins, omega_conf_to_dataclass(self.config.actor), seed, metrics)
+        distillation = omega_conf_to_dataclass(self.distillation_config) if self.distillation_enabled else None
+        loss = PluginLoss(plugins, omega_conf_to_dataclass(self.config.actor), seed, metrics, distillation)
         actor = EngineActor(engine, loss, metrics)
         self.plugins = plugins
         shape(plugins, *[part.engine.module for part in (self.actor, self.ref) if part is not None])
@@ -54,6 +55,8 @@ class PluginActorWorker(ActorRolloutRefWorker):
             TakesStates(engine, wishes)
         if not any(plugins.implements(stage) for stage in STAGES):
             return
+        if plugins.implements(heads.STAGE):
+            loss.head_losses = heads.HeadLosses(engine, plugins, loss.described)
         plugins.add_fallback(ActorDefaults(engine.optimizer_step))
         self.actor.set_loss_fn(loss)
         engine.optimizer_step = actor.optimizer_step
@@ -115,6 +118,9 @@ class EngineActor:
 
     def gather(self, values: Tensor) -> Tensor:
         return probe.gather(values)
+
+    def distillation_gradient(self) -> list[Tensor]:
+        return probe.gradient(self._engine, self._data, self._loss, self._loss.distilling())
 
     def optimizer_step(self) -> float:
         """What the engine calls: the stage, whose last implementation is the engine's own step."""

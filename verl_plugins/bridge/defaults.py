@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from verl_plugins.distilled import Distilled, forward_kl, of_teacher
 from verl_plugins.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -48,10 +49,15 @@ class LogitsDefaults:
 
 
 class ActorDefaults:
-    """verl's `vanilla` loss per token, and the engine's optimiser step."""
+    """verl's `vanilla` loss per token, its forward KL from a teacher, and the engine's optimiser step."""
 
     def __init__(self, optimizer_step: Callable[[], float]) -> None:
         self._optimizer_step = optimizer_step
+
+    @hookimpl(trylast=True)
+    def distillation_loss(self, distilled: Distilled) -> Tensor:
+        log_probs = of_teacher(distilled.logits(), distilled.teacher_ids)
+        return forward_kl(log_probs, distilled.teacher_log_probs, distilled.config.log_prob_min_clamp)
 
     @hookimpl(trylast=True)
     def policy_loss(self, tokens: Tokens) -> Tensor:

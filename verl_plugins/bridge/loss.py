@@ -1,21 +1,28 @@
-"""The actor's loss: verl's `ppo_loss` with the per-token policy loss and additional terms given by plugins."""
+"""The actor's loss: verl's `ppo_loss`, and its distillation loss where there is a teacher, with what plugins give.
+
+They give the policy loss per token, additional terms, and the distillation loss per token (`bridge/heads.py`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
+from verl.trainer.distillation import distillation_ppo_loss
+from verl.trainer.distillation.losses import compute_topk_loss, distillation_loss
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, agg_loss
 from verl.utils import tensordict_utils as tu
 from verl.utils.metric import Metric
-from verl.workers.config import ActorConfig
+from verl.workers.config import ActorConfig, DistillationConfig
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
 from verl_plugins.bridge.defaults import DEFAULT_LOSS, clip_metrics
+from verl_plugins.bridge.heads import HeadLosses
 from verl_plugins.bridge.joined import JoinedMetrics
 from verl_plugins.composition.blame import crossing
 from verl_plugins.composition.manager import Plugins
@@ -39,8 +46,18 @@ ROW_FIELD = "verl_plugins_row"
 class PluginLoss:
     """Called by verl's engine for every micro-batch, in the place of `ppo_loss`."""
 
-    def __init__(self, plugins: Plugins, config: ActorConfig, seed: int, metrics: JoinedMetrics) -> None:
-        self.plugins, self.config = plugins, config
+    def __init__(
+        self,
+        plugins: Plugins,
+        config: ActorConfig,
+        seed: int,
+        metrics: JoinedMetrics,
+        distillation: DistillationConfig | None = None,
+    ) -> None:
+        self.plugins, self.config, self.distillation = plugins, config, distillation
+        self.head_losses: HeadLosses | None = None
+        """Where a plugin gives the distillation loss: what it gave in this forward pass."""
+        self._distilling = False
         self._seed, self._metrics = seed, metrics
         self.step = self.mini_batch = self.micro_batch = 0
         self._data: TensorDict | None = None
@@ -52,10 +69,47 @@ class PluginLoss:
             object.__setattr__(config.policy_loss, "loss_mode", LOSS_NAME)
 
     def __call__(
-        self, model_output: dict[str, Tensor], data: TensorDict, dp_group: Any = None
-    ) -> tuple[Tensor, dict[str, Metric]]:
+        self,
+        model_output: dict[str, Tensor] | None = None,
+        data: TensorDict | None = None,
+        dp_group: Any = None,
+        student_logits: Tensor | None = None,
+        data_format: str = "thd",
+    ) -> Any:
+        """Loss and metrics; or, asked with logits [1,tokens,V] first, what a teacher says of them by name, [1,tokens].
+
+        So does verl's own loss where it distils.
+        """
+        if student_logits is not None:
+            return self._from_teacher(student_logits, data, data_format)
         with crossing():
             return self._loss(model_output, data, dp_group)
+
+    def _from_teacher(self, logits: Tensor, data: TensorDict, data_format: str) -> dict[str, Tensor]:
+        given = (self.config, self.distillation, data, logits, data_format)
+        if self.head_losses is None:
+            return compute_topk_loss(*given)
+        with torch.no_grad():  # what is only measured
+            measured = compute_topk_loss(*given)
+        losses = self.head_losses.take(data)[None]
+        if self._distilling or not self.distillation.distillation_loss.use_task_rewards:
+            # FSDP2 gathers what lies around the head when a gradient reaches the model's output, be it of zeros.
+            losses = losses + 0.0 * logits[..., 0]
+        return {**measured, "distillation_losses": losses}
+
+    @contextmanager
+    def distilling(self) -> Iterator[None]:
+        """The distillation loss alone, and no metrics."""
+        self._distilling = True
+        try:
+            yield
+        finally:
+            self._distilling = False
+
+    def described(self) -> dict[str, Any]:
+        """What a `Distilled` of the current micro-batch has besides tensors."""
+        places = {"step": self.step, "mini_batch": self.mini_batch, "micro_batch": self.micro_batch}
+        return {"config": self.distillation.distillation_loss, "log": self._log, **places}
 
     def _loss(
         self, model_output: dict[str, Tensor], data: TensorDict, dp_group: Any
@@ -63,7 +117,14 @@ class PluginLoss:
         data = of_masked_tokens(data)
         self._data, self._tokens, entropy = data, None, model_output.get("entropy")
         self._entropy = None if entropy is None else no_padding_2_padding(entropy, data)
-        loss, metrics = ppo_loss(config=self.config, model_output=model_output, data=data, dp_group=dp_group)
+        if self._distilling:
+            loss, _ = distillation_loss(self.config, self.distillation, model_output, data)
+            return loss * self.distillation.distillation_loss.distillation_loss_coef, {}
+        given = {"config": self.config, "model_output": model_output, "data": data, "dp_group": dp_group}
+        if self.distillation is None:
+            loss, metrics = ppo_loss(**given)
+        else:
+            loss, metrics = distillation_ppo_loss(distillation_config=self.distillation, **given)
         if self.plugins.implements("loss_terms"):
             loss = loss + self._terms(model_output)
         if torch.is_grad_enabled() and not loss.requires_grad:
@@ -162,6 +223,8 @@ class PluginLoss:
     def _log(self, owner: str, metrics: Mapping[str, float], reduce: str) -> None:
         if owner == DEFAULT_LOSS:
             self._clipped = dict(metrics)
+            return
+        if self._distilling:
             return
         for key, value in metrics.items():
             self._metrics.add(f"plugins/{owner}/{key}", value, reduce)

@@ -1,5 +1,7 @@
 """`actor.logits`: what the policy's softmax sees at some response tokens of the mini-batch, at any parameters.
 
+And `actor.distillation_gradient`, a pass of its own.
+
 The engine's own forward pass makes them, with its padding, precision and micro-batches; its step from logits to
 log-probs is where they are taken out. Parameters that were moved are put back, whatever happens.
 """
@@ -7,7 +9,7 @@ log-probs is where they are taken out. Parameters that were moved are put back, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ GOLDEN = 0.6180339887498949
 def trained(module: torch.nn.Module) -> list[Tensor]:
     """This rank's parts of the parameters that are trained; to write into one changes the model."""
     parts = [parameter.detach() for parameter in module.parameters() if parameter.requires_grad]
-    return [part.to_local() if isinstance(part, DTensor) else part for part in parts]
+    return [_local(part) for part in parts]
 
 
 @torch.no_grad()
@@ -58,6 +60,30 @@ def logits(engine: Any, data: TensorDict, tokens: int, at: Iterable[Tensor] | No
         finally:
             del engine.prepare_model_outputs
     return torch.cat(found)
+
+
+def gradient(engine: Any, data: TensorDict, loss: Any, mode: AbstractContextManager[None]) -> list[Tensor]:
+    """This rank's parts of a gradient of its own, one for each of `trained`; a collective call.
+
+    Another forward and backward pass over the mini-batch makes it, under `mode`; the gradients that are there stay.
+    """
+    parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+    kept = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        with mode, torch.enable_grad():
+            engine.forward_backward_batch(data, loss)
+        made = [parameter.grad for parameter in parameters]
+    finally:
+        for parameter, grad in zip(parameters, kept, strict=True):
+            parameter.grad = grad
+    nothing = zip(made, trained(engine.module), strict=True)
+    return [torch.zeros_like(part) if grad is None else _local(grad) for grad, part in nothing]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gather(values: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from verl_plugins.composition import manifest, separate
+from verl_plugins.composition import manifest, separate, teacher
 from verl_plugins.composition.override import apply, known_keys, nearest_key, one_line, parse, prefixes, put_key
 from verl_plugins.composition.recipe import Preset, Recipe, combine, leaves, preset_chain
 from verl_plugins.errors import CompositionError, nearest
@@ -84,6 +84,7 @@ def compose(recipes: str, preset: str | None = None, overrides: Sequence[str] = 
     asked = frozenset(item.key_or_group for item in parsed if not item.is_delete())
     given = asked.union(*[_keys_of(file) for file in files])
     separate.settle(config, given, asked)
+    teacher.settle(config, asked)
     return Composed(
         config=config,
         recipe=chosen.name,

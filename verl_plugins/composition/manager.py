@@ -32,7 +32,7 @@ from verl_plugins.plugin import Plugin
 
 LATE = ("verl", "ray", "transfer_queue")
 """What a run imports when it has set what they read as they are imported: the platform, the node, the address."""
-SCOPED = ("run", "tokens", "values", "actor")
+SCOPED = ("run", "tokens", "distilled", "values", "actor")
 """Arguments of a stage that each plugin receives as its own view, where they have one (`.scoped(plugin name)`)."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from verl_plugins.composition import critic, refusals, separate, sizes
+from verl_plugins.composition import critic, refusals, separate, sizes, teacher
 from verl_plugins.composition.compose import Composed
 from verl_plugins.composition.loggers import check_loggers
 from verl_plugins.composition.look import reward
@@ -68,6 +68,7 @@ def _check_trainer(config: DictConfig) -> None:
     if mode not in MODES:
         raise CompositionError(f"trainer.v1.trainer_mode is {mode!r}{nearest(str(mode), MODES)}")
     separate.check(config)
+    teacher.check(config)
     if mode != "sync" and config.actor_rollout_ref.rollout.full_determinism:
         raise CompositionError(
             f"actor_rollout_ref.rollout.full_determinism=True cannot hold with trainer.v1.trainer_mode={mode}, which "

@@ -158,6 +158,20 @@ def _shaped_logits(shaped: Any, arguments: Mapping[str, Any]) -> None:
         raise ResultError(f"shape_logits returned {shaped.dtype}, expected floating numbers")
 
 
+def _distillation(losses: Any, arguments: Mapping[str, Any]) -> None:
+    distilled = arguments["distilled"]
+    shape, what = (len(distilled.hidden),), "distillation_loss"
+    if not hasattr(losses, "is_floating_point"):
+        raise ResultError(f"{what} returned {_kind(losses)}, expected a tensor [tokens] {shape}")
+    if tuple(losses.shape) != shape:
+        raise ResultError(f"{what} returned shape {tuple(losses.shape)}, expected [tokens] {shape}")
+    if not losses.is_floating_point():
+        raise ResultError(f"{what} returned {losses.dtype}, expected floating numbers")
+    if not math.isfinite(losses.detach().sum()):
+        place = f"micro-batch {distilled.micro_batch}, mini-batch {distilled.mini_batch}, step {distilled.step}"
+        raise ResultError(f"{what} returned numbers that are not finite in {place}")
+
+
 def _terms(terms: Any, arguments: Mapping[str, Any]) -> None:
     if terms is None:
         return
@@ -264,6 +278,7 @@ CHECKS: Mapping[str, Check] = {
     "select_rows": _chosen_rows,
     "estimate_advantage": _advantage,
     "value_loss": _value_loss,
+    "distillation_loss": _distillation,
     "policy_loss": _loss,
     "loss_terms": _terms,
     "optimizer_step": _norm,
@@ -272,7 +287,7 @@ EACH = ("loss_terms",)
 """Stages that call all and whose results are read: a wrapper gives the list of them."""
 LATER = ("estimate_advantage", "observe")
 """Stages of the batch that come too late for its rewards."""
-SILENT = ("estimate_advantage", "value_loss", "policy_loss")
+SILENT = ("estimate_advantage", "value_loss", "distillation_loss", "policy_loss")
 """Stages on which an implementation may give None and leave the answer to the next; a wrapper may not."""
 
 
@@ -301,7 +316,7 @@ def check_in_training(stage: str, result: Any, arguments: Mapping[str, Any], *, 
     Raises:
         ResultError: as `check`, or a tensor was written into: others read it, or nobody does.
     """
-    shown = next((arguments[name] for name in ("batch", "tokens", "values") if name in arguments), None)
+    shown = next((arguments[name] for name in ("batch", "tokens", "distilled", "values") if name in arguments), None)
     if changed := getattr(shown, "changed_in_place", list)():
         instead = "assign batch.rewards or call batch.put" if "batch" in arguments else "compute a tensor of your own"
         raise ResultError(f"{stage} wrote into {changed[0]}, which others read as it was: {instead}")

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from omegaconf import DictConfig, OmegaConf
 
+from verl_plugins.composition import teacher
 from verl_plugins.composition.compose import Composed
 from verl_plugins.composition.manager import Plugins
 from verl_plugins.errors import CompositionError, nearest
@@ -31,7 +32,8 @@ ESTIMATORS = (
 )
 """verl's own; more can be registered."""
 ESTIMATOR = "algorithm.adv_estimator"
-ACTOR_STAGES = ("shape_logits", "policy_loss", "loss_terms", "optimizer_step")
+OF_THE_POLICY_LOSS = ("policy_loss", "loss_terms")
+DISTILLATION = "distillation.distillation_loss"
 ENGINE_KEYS = {
     "actor_rollout_ref.actor": ("strategy", "fsdp_config.strategy"),
     "actor_rollout_ref.ref": ("strategy", "fsdp_config.strategy"),
@@ -39,6 +41,7 @@ ENGINE_KEYS = {
 }
 """Where verl reads the engine of each model from."""
 FSDP = ("fsdp", "fsdp2")
+ACTOR = "actor_rollout_ref.actor"
 MODEL = "actor_rollout_ref.model"
 CRITIC_MODEL = "critic.model.path"
 PARTS = ("acc", "score", "equal_text", "equal_value", "not_equal", "no_final_answer", "not_understood")
@@ -85,13 +88,39 @@ def _stages_of(name: str, plugins: Plugins) -> list[str]:
 
 
 def _check_distillation(config: DictConfig, plugins: Plugins) -> None:
-    if not OmegaConf.select(config, "distillation.enabled"):
-        return
-    for stage in ACTOR_STAGES:
-        for name, _ in plugins.of_stage(stage):
+    if not teacher.is_on(config):
+        for name, _ in plugins.of_stage("distillation_loss"):
             raise CompositionError(
-                f"distillation.enabled=True puts verl's distillation loss where plugin {name!r} acts (stage {stage}): "
-                f"set distillation.enabled=False, or leave the plugin out with ~plugins.{name}"
+                f"plugin {name!r} computes a distillation loss, and there is no teacher: set distillation.enabled=True "
+                f"and {teacher.MODELS}.{teacher.SINGLE}.model_path=…, or leave the plugin out with ~plugins.{name}"
+            )
+        return
+    for name, _ in plugins.of_stage("shape_logits"):
+        raise CompositionError(
+            f"distillation.enabled=True compares the teacher with logits that plugin {name!r} shapes for the student "
+            f"alone (stage shape_logits): set distillation.enabled=False, or leave the plugin out with ~plugins.{name}"
+        )
+    for name in (name for stage in OF_THE_POLICY_LOSS for name, _ in plugins.of_stage(stage)):
+        if not OmegaConf.select(config, f"{DISTILLATION}.use_task_rewards"):
+            raise CompositionError(
+                f"{DISTILLATION}.use_task_rewards=False leaves no policy loss for plugin {name!r}: set "
+                f"{DISTILLATION}.use_task_rewards=true, or leave the plugin out with ~plugins.{name}"
+            )
+    for name, _ in plugins.of_stage("distillation_loss"):
+        _check_heads(config, name)
+
+
+def _check_heads(config: DictConfig, name: str) -> None:
+    """A plugin computes the distillation loss: verl asks for it, from the teacher's top k, where the head is."""
+    who = f"plugin {name!r} computes the distillation loss from what the output head reads, to make logits"
+    check_logits(config, who)
+    wanted = {f"{DISTILLATION}.loss_mode": "forward_kl_topk", f"{DISTILLATION}.use_policy_gradient": False}
+    wanted |= {f"{section}.ulysses_sequence_parallel_size": 1 for section in (ACTOR, f"{ACTOR}.fsdp_config")}
+    for key, right in wanted.items():
+        if (chosen := OmegaConf.select(config, key)) not in (None, right):
+            raise CompositionError(
+                f"{key} is {chosen!r}, and plugin {name!r} computes the distillation loss itself, from whole rows and "
+                f"the teacher's most probable tokens: set {key}={right}"
             )
 
 

@@ -7,7 +7,7 @@ from math import gcd, lcm, prod
 
 from omegaconf import DictConfig, OmegaConf
 
-from verl_plugins.composition import separate
+from verl_plugins.composition import separate, teacher
 from verl_plugins.composition.refusals import FSDP, has_critic
 from verl_plugins.errors import CompositionError
 
@@ -90,7 +90,8 @@ def _check_ray(config: DictConfig) -> None:
             f"ray_kwargs.ray_init.{set_here[0]}={options[set_here[0]]} is for a Ray node that the run starts itself, "
             f"and ray_kwargs.ray_init.address names a cluster that is there: set {mended}"
         )
-    there, asked = options.get("num_gpus"), int(config.trainer.n_gpus_per_node) + separate.servers(config)
+    beside = separate.servers(config) + teacher.devices(config)
+    there, asked = options.get("num_gpus"), int(config.trainer.n_gpus_per_node) + beside
     if config.trainer.device == "cpu" and config.trainer.nnodes == 1 and there is not None and there < asked:
         raise CompositionError(
             f"ray_kwargs.ray_init.num_gpus is {there}, and the run has {asked} ranks and servers beside them, one of "

@@ -1,4 +1,4 @@
-"""What the preset `cpu` needs before a run starts: its model and its task, made once and kept in a cache."""
+"""What the preset `cpu` needs before a run: model, task and teacher, made once and kept in a cache."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from verl_plugins.composition import teacher
 from verl_plugins.composition.cache import cache_folder
 from verl_plugins.composition.settings import typed
 from verl_plugins.cpu import warmup
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from verl_plugins.composition.manager import Plugins
 
+TEACHER = f"{teacher.MODELS}.{teacher.SINGLE}.model_path"
 Settings = tuple[ModelSettings, TaskSettings, WarmupSettings]
 
 
@@ -29,6 +31,9 @@ def prepare(config: DictConfig) -> None:
     used = enter(config, _places(warmup.locate(cache_folder(), *settings, shaping=shaping)))
     if used:
         warmup.prepare(cache_folder(), *settings, shaping=shaping)
+    taught = _teacher(config)
+    if taught is not None and _enter_teacher(config, warmup.locate(cache_folder(), *taught).model_path):
+        warmup.prepare(cache_folder(), *taught)
 
 
 @contextmanager
@@ -41,7 +46,33 @@ def sketch(config: DictConfig) -> Iterator[dict[str, Path]]:
     with tempfile.TemporaryDirectory(prefix="verl_plugins_sketch_") as folder:
         there = made if made.model_path.is_dir() or not used else warmup.sketch(Path(folder), *settings[:2])
         places = _places(there)
-        yield {key: places[key] for key in used}
+        seen = {key: places[key] for key in used}
+        if (taught := _teacher(config)) is not None:
+            path = warmup.locate(cache_folder(), *taught).model_path
+            if _enter_teacher(config, path):
+                model, task, _ = taught
+                seen[TEACHER] = path if path.is_dir() else warmup.sketch(Path(folder, "t"), model, task).model_path
+        yield seen
+
+
+def _teacher(config: DictConfig) -> Settings | None:
+    """What the run's teacher is made of; None where there is none, or another than verl's single one."""
+    from omegaconf import OmegaConf
+
+    if not teacher.is_on(config) or [key for key, _ in teacher.models(config)] != [TEACHER.rpartition(".")[0]]:
+        return None
+    model, task, _ = _settings(config)
+    given = OmegaConf.to_container(config.get("cpu", {}), resolve=True).get("teacher")
+    return model, task, typed(WarmupSettings, given, "cpu.teacher")
+
+
+def _enter_teacher(config: DictConfig, path: Path) -> bool:
+    """Name the teacher where nobody has named one; whether it is the one that is made now."""
+    from omegaconf import OmegaConf
+
+    if OmegaConf.select(config, TEACHER) is None:
+        OmegaConf.update(config, TEACHER, str(path))
+    return OmegaConf.select(config, TEACHER) == str(path)
 
 
 def _settings(config: DictConfig) -> Settings:

@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from transformers import AutoModelForCausalLM
 from verl.plugin.platform import get_platform
 from verl.utils.config import omega_conf_to_dataclass
@@ -23,12 +23,13 @@ from verl.utils.device import get_device_name
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.base import BaseRollout
-from verl.workers.rollout.replica import RolloutReplica, TokenOutput
+from verl.workers.rollout.replica import RolloutMode, RolloutReplica, TokenOutput
 from verl.workers.rollout.utils import ensure_async_iterator
 
 from verl_plugins.bridge import census
 from verl_plugins.bridge.logits import shape
 from verl_plugins.cpu.generation import Completion, Request, end_tokens, generate
+from verl_plugins.cpu.reading import Reading, Told, read
 from verl_plugins.errors import DataError
 
 QUIET_SECONDS = 0.005
@@ -93,7 +94,7 @@ class TransformersServer:
         self.ends = end_tokens(settings.tokenizer, settings.generation_config, settings.hf_config)
         self.model = _build_model(self.config, settings).to(get_device_name()).eval()
         self._weights = self.model.state_dict()
-        self._queue: asyncio.Queue[tuple[Request, asyncio.Future]] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[Request | Reading, asyncio.Future]] = asyncio.Queue()
         self._running = asyncio.Event()
         self._running.set()
         self._model_lock = asyncio.Lock()
@@ -119,24 +120,32 @@ class TransformersServer:
         # As in verl's other servers, a request that names its limit may go beyond the length of responses.
         named = sampling_params.keys() & {"max_tokens", "max_new_tokens"}
         budget = room if named else min(self.config.response_length, room)
+        if sampling_params.get("prompt_logprobs") is not None and room >= 0:
+            told: Told = await self._answer(Reading(prompt_ids, int(sampling_params["prompt_logprobs"])))
+            return TokenOutput(
+                token_ids=[], log_probs=[], stop_reason="completed", extra_fields={**self._version(), **told.fields()}
+            )
         if budget < 1:
             raise DataError(
                 f"prompt of {len(prompt_ids)} tokens leaves no room for a response; raise rollout.max_model_len "
                 f"({self.config.max_model_len}) or filter the data"
             )
-        request = Request.from_sampling_params(prompt_ids, sampling_params, budget)
-        future = asyncio.get_running_loop().create_future()
-        self._queue.put_nowait((request, future))
-        await asyncio.wait({future, self._loop_task}, return_when=asyncio.FIRST_COMPLETED)
-        if not future.done():
-            raise RuntimeError("the rollout server has stopped serving") from self._loop_task.exception()
-        completion: Completion = future.result()
+        completion: Completion = await self._answer(Request.from_sampling_params(prompt_ids, sampling_params, budget))
         return TokenOutput(
             token_ids=completion.token_ids,
             log_probs=completion.log_probs,
             stop_reason=completion.stop_reason,
             extra_fields=self._version(),
         )
+
+    async def _answer(self, request: Request | Reading) -> Any:
+        """What the wave that it is in makes of it."""
+        future = asyncio.get_running_loop().create_future()
+        self._queue.put_nowait((request, future))
+        await asyncio.wait({future, self._loop_task}, return_when=asyncio.FIRST_COMPLETED)
+        if not future.done():
+            raise RuntimeError("the rollout server has stopped serving") from self._loop_task.exception()
+        return future.result()
 
     def _version(self) -> dict[str, int | None]:
         return {"global_steps": self._global_steps}
@@ -152,18 +161,25 @@ class TransformersServer:
             try:
                 async with self._model_lock:
                     requests = [request for request, _ in wave]
-                    completions = await asyncio.to_thread(
-                        generate, self.model, self.tokenizer, requests, lambda: not self._running.is_set(), self.ends
-                    )
-                for (_, future), completion in zip(wave, completions, strict=True):
+                    answers = await asyncio.to_thread(self._computed, requests)
+                for (_, future), answer in zip(wave, answers, strict=True):
                     if not future.done():  # whoever asked has given up
-                        future.set_result(completion)
+                        future.set_result(answer)
             except Exception as error:
                 for _, future in wave:
                     if not future.done():
                         future.set_exception(error)
 
-    async def _gather(self) -> list[tuple[Request, asyncio.Future]]:
+    def _computed(self, requests: list[Request | Reading]) -> list[Completion | Told]:
+        """One answer each: what is to be read goes through the model once, the rest is generated."""
+        reading = [request for request in requests if isinstance(request, Reading)]
+        asking = [request for request in requests if not isinstance(request, Reading)]
+        told = iter(read(self.model, reading) if reading else [])
+        stop = lambda: not self._running.is_set()  # noqa: E731
+        made = iter(generate(self.model, self.tokenizer, asking, stop, self.ends) if asking else [])
+        return [next(told if isinstance(request, Reading) else made) for request in requests]
+
+    async def _gather(self) -> list[tuple[Request | Reading, asyncio.Future]]:
         """All requests until none arrives for a moment, at most `rollout.max_num_seqs`; one with full determinism."""
         wave = [await self._queue.get()]
         if self.config.full_determinism:
@@ -236,6 +252,25 @@ def _build_model(config: RolloutConfig, settings: HFModelConfig) -> torch.nn.Mod
 class TransformersReplica(RolloutReplica):
     """One server per replica; a replica is one rank, since the server does not shard the model."""
 
+    async def init_colocated(self, resource_pool: Any) -> None:
+        """A server on devices of its own, a teacher's; on a CPU there is no device that a worker has to hold for it."""
+        if get_device_name() != "cpu":
+            return await super().init_colocated(resource_pool)
+        self.rollout_mode, self.resource_pool = RolloutMode.COLOCATED, resource_pool
+        return await self.launch_servers()
+
+    @property
+    def _model(self) -> DictConfig:
+        """verl names a teacher's path and nothing else, which would have it ask for flash attention."""
+        if not self.is_teacher_model:
+            return self.model_config
+        return OmegaConf.merge({"override_config": {"attn_implementation": "sdpa"}}, self.model_config)
+
+    @property
+    def _name(self) -> str:
+        name = _server_name(self.replica_rank)
+        return f"teacher_{name}{self.name_suffix}" if self.is_teacher_model else name
+
     async def launch_servers(self) -> None:
         if self.world_size != 1:
             raise DataError(
@@ -243,15 +278,15 @@ class TransformersReplica(RolloutReplica):
                 "tensor_model_parallel_size, data_parallel_size and pipeline_model_parallel_size to 1"
             )
         on_cpu = get_device_name() == "cpu"
-        options = {"name": _server_name(self.replica_rank), "max_concurrency": self.max_concurrency, "num_cpus": 0}
+        options = {"name": self._name, "max_concurrency": self.max_concurrency, "num_cpus": 0}
         if not on_cpu:
             options |= await self._beside_worker()
         threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)) if on_cpu else None
-        server = ray.remote(TransformersServer).options(**options).remote(self.config, self.model_config, threads)
+        server = ray.remote(TransformersServer).options(**options).remote(self.config, self._model, threads)
         await server.ready.remote()
         self.servers = [server]
         self._server_handle = server
-        self._server_address = _server_name(self.replica_rank)
+        self._server_address = self._name
 
     async def _beside_worker(self) -> dict[str, Any]:
         """Actor options that put the server on its worker's node and show it that worker's device."""

@@ -15,6 +15,7 @@ from verl_plugins.bridge.defaults import ActorDefaults, LogitsDefaults
 from verl_plugins.bridge.joined import JoinedMetrics
 from verl_plugins.composition import outcome
 from verl_plugins.composition.manager import Plugins
+from verl_plugins.distilled import Distilled
 from verl_plugins.errors import DataError
 from verl_plugins.plugin import Plugin
 from verl_plugins.testing.fakes import FakeActor
@@ -27,8 +28,10 @@ ALWAYS = ("prompts", "responses", "response_mask", "old_log_probs", "advantages"
 """Fields `tokens.extra` gives besides those put and those needed."""
 IF_NEEDED = ("entropy", "rollout_log_probs", "ref_log_probs", "rm_scores", "verdict", "uid")
 PADDING_ROWS = 2
-STAGES = ("shape_logits", "policy_loss", "loss_terms", "optimizer_step")
+STAGES = ("shape_logits", "distillation_loss", "policy_loss", "loss_terms", "optimizer_step")
 VOCABULARY = 7
+WIDTH, TOP = 5, 3
+"""Of the made-up hidden states, and of what the teacher tells of each token."""
 
 
 class ActorPart:
@@ -40,6 +43,7 @@ class ActorPart:
         """`ranks` are the plugin as each rank has it; micro-batches are spread over them."""
         self._needs, self._change, self._seed, self._recorder = frozenset(ranks[0].needs), change, seed, recorder
         self._settings = config.actor_rollout_ref.actor
+        self._distillation = config.distillation.distillation_loss
         self._actor = FakeActor(seed)
         if "logits" not in self._needs:
             self._actor.logits = _undeclared
@@ -66,6 +70,10 @@ class ActorPart:
             if "shape_logits" in self._own:
                 for micro_batch, piece in enumerate(self._micro_batches(rows, part)):
                     self._shape(step, micro_batch, piece.copy())
+            if "distillation_loss" in self._own:
+                for micro_batch, piece in enumerate(self._micro_batches(rows, part)):
+                    self._distil(step, mini_batch, micro_batch, piece.copy())
+                self._join_metrics(step, mini_batch, "distillation_loss")
             if self._own & {"policy_loss", "loss_terms"}:
                 counts = {"batch_num_tokens": int(rows.columns["response_mask"][part].sum())}
                 self._settings.global_batch_info.update({**counts, "global_batch_size": len(part)})
@@ -150,6 +158,46 @@ class ActorPart:
             self._record(step, stage, "the length of the gradient of row", gradient.norm(dim=-1), rows, mask)
         return None
 
+    def _distil(self, step: int, mini_batch: int, micro_batch: int, rows: Table) -> None:
+        """Made-up hidden states and a teacher of the response tokens that count, and the loss of each."""
+        stage, mask = "distillation_loss", rows.columns["response_mask"].bool()
+        angle = (rows.columns["log_probs"] + rows.columns["responses"])[mask][:, None]
+        leaves = {
+            "hidden": (angle * torch.arange(1, WIDTH + 1)).sin().requires_grad_(),
+            "weight": torch.arange(VOCABULARY * WIDTH).float().cos().view(VOCABULARY, WIDTH).requires_grad_(),
+        }
+        logits = (3 * angle * torch.arange(1, VOCABULARY + 1)).cos()
+        values, ids = logits.log_softmax(-1).topk(TOP, -1)
+        plugins, told = self._ranks[rank := micro_batch % len(self._ranks)], []
+        distilled = Distilled(
+            **{name: leaf * 1.0 for name, leaf in leaves.items()},
+            teacher_ids=ids,
+            teacher_log_probs=values,
+            temperature=torch.ones(len(ids)),
+            config=self._distillation,
+            log=lambda owner, metrics, reduce: told.append((metrics, reduce)),
+            step=step,
+            mini_batch=mini_batch,
+            micro_batch=micro_batch,
+        )
+        inputs = {name: value.detach() for name, value in vars(distilled).items() if isinstance(value, Tensor)}
+        losses = self._recorder.call(plugins, stage, inputs, distilled=distilled)
+        whole = torch.zeros(mask.shape).masked_scatter(mask, losses.detach().float())
+        self._record(step, stage, "the loss of row", whole, rows, mask)
+        if not mask.any():
+            return
+        found = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
+        if found[0] is None:
+            self._recorder.fault("gradient", stage, "gives a loss through which no gradient reaches the policy")
+        elif not torch.isfinite(found[0]).all():
+            self._recorder.fault("gradient", stage, "gives a loss with a gradient that is not finite")
+        else:
+            norm = torch.zeros(mask.shape).masked_scatter(mask, found[0].norm(dim=-1))
+            self._record(step, stage, "the length of the gradient of row", norm, rows, mask)
+        logged = {key: value for metrics, _ in told for key, value in metrics.items()}
+        self._recorder.note_metrics(step, stage, logged, f"micro-batch {mini_batch}.{micro_batch}")
+        self._keep_metrics(stage, told, self._metrics[rank])
+
     def _keep_metrics(self, stage: str, told: Sequence[tuple[Mapping[str, float], str]], kept: JoinedMetrics) -> None:
         for metrics, reduce in told:
             for key, value in metrics.items():
@@ -158,12 +206,12 @@ class ActorPart:
                 except DataError as error:
                     self._recorder.fault("metrics", stage, f"cannot be joined over ranks: {error}")
 
-    def _join_metrics(self, step: int, mini_batch: int) -> None:
+    def _join_metrics(self, step: int, mini_batch: int, stage: str = "") -> None:
         """What the ranks logged in one mini-batch, as it reaches the driver."""
         joined = JoinedMetrics()
         joined.join([metrics.leave() for metrics in self._metrics])
         metrics = {key: values[0] for key, (_, values) in joined.take().items()}
-        stage = next(name for name in ("value_loss", "policy_loss", "loss_terms") if name in self._own)
+        stage = stage or next(name for name in ("value_loss", "policy_loss", "loss_terms") if name in self._own)
         self._recorder.note_metrics(step, stage, metrics, f"mini-batch {mini_batch}")
 
     def _record(self, step: int, stage: str, what: str, values: Tensor, rows: Table, mask: Tensor) -> None:

@@ -65,7 +65,7 @@ VARIANTS: Mapping[str, tuple[dict[str, Any], str]] = {
 EXACT = ("repeat", "processes", "ranks")
 OF_THE_LOSS = ("micro_batches", "ranks")
 
-LOSS_STAGES = ("shape_logits", "value_loss", "policy_loss", "loss_terms")
+LOSS_STAGES = ("shape_logits", "value_loss", "distillation_loss", "policy_loss", "loss_terms")
 
 Maker = Callable[[], Plugin]
 

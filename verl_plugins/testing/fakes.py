@@ -166,6 +166,10 @@ class FakeActor:
     def gather(self, values: Tensor) -> Tensor:
         return values
 
+    def distillation_gradient(self) -> list[Tensor]:
+        """Made up, half of what `accumulate` makes plus something of its own."""
+        return [0.5 * parameter.grad - 0.1 * parameter.detach() for parameter in self.module.parameters()]
+
     def accumulate(self) -> None:
         """Gradients of one mini-batch, a function of seed, step and mini-batch."""
         generator = torch.Generator().manual_seed(hash((self._seed, self.step, self.mini_batch)) & 0xFFFFFFFF)

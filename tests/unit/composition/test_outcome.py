@@ -20,6 +20,7 @@ from verl_plugins.composition import outcome
 from verl_plugins.composition.blame import sentence as said_of
 from verl_plugins.composition.blame import whose
 from verl_plugins.composition.manager import Plugins
+from verl_plugins.distilled import Distilled
 from verl_plugins.errors import ResultError
 from verl_plugins.hookspecs import FIRST_RESULT
 from verl_plugins.replay import StoredRow
@@ -101,6 +102,18 @@ def in_segments(*places: tuple[int, int], ids: tuple[int, ...] = (1, 2, 3)) -> R
     return whole
 
 
+TAUGHT = Distilled(
+    hidden=torch.zeros(3, 2),
+    weight=torch.zeros(5, 2),
+    teacher_ids=torch.zeros(3, 1),
+    teacher_log_probs=torch.ones(3, 1),
+    temperature=torch.ones(3),
+    config=None,
+    step=7,
+    mini_batch=1,
+    micro_batch=2,
+)
+
 CASES: list[tuple[str, Callable, dict[str, Any], str]] = [
     ("select_prompts", gives([1, 1, 2]), {"run": RUN, "count": 3}, "2 distinct prompt ids; 3 are asked"),
     ("select_prompts", gives([1, 2]), {"run": RUN, "count": 3}, "2 distinct prompt ids; 3 are asked"),
@@ -133,6 +146,16 @@ CASES: list[tuple[str, Callable, dict[str, Any], str]] = [
     ("shape_logits", gives(1.0), {"logits": torch.zeros(2, 5)}, "returned a float, expected logits (2, 5)"),
     ("shape_logits", gives(torch.zeros(2, 4)), {"logits": torch.zeros(2, 5)}, "shape (2, 4), expected that of the"),
     ("shape_logits", gives(torch.zeros(2, 5).long()), {"logits": torch.zeros(2, 5)}, "torch.int64, expected floating"),
+    ("distillation_loss", gives(1.0), {"distilled": TAUGHT}, "returned a float, expected a tensor [tokens] (3,)"),
+    ("distillation_loss", gives(torch.zeros(2)), {"distilled": TAUGHT}, "shape (2,), expected [tokens] (3,)"),
+    ("distillation_loss", gives(torch.zeros(3).long()), {"distilled": TAUGHT}, "torch.int64, expected floating"),
+    ("distillation_loss", gives(torch.tensor([0, NAN, 0])), {"distilled": TAUGHT}, "finite in micro-batch 2, mini"),
+    (
+        "distillation_loss",
+        lambda self, distilled: distilled.teacher_log_probs.zero_().sum(1),
+        {"distilled": TAUGHT},
+        "wrote into teacher_log_probs",
+    ),
     ("optimizer_step", gives("large"), {"actor": None}, "returned a str, expected the norm"),
     ("score_answer", gives(1.0), {"answer": None}, "returned a float, expected a Verdict"),
     ("score_answer", gives(Verdict(NAN, False)), {"answer": None}, "the score nan, expected a finite number"),

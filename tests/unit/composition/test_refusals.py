@@ -59,14 +59,39 @@ class TestEstimator:
         assert set(refusals.ESTIMATORS) == {item.value for item in AdvantageEstimator} == set(ADV_ESTIMATOR_REGISTRY)
 
 
-@pytest.mark.parametrize("recipe", ["clip_cov", "steer", "epo", "dcpo"])
-def test_distillation_is_not_replaced_by_a_loss_of_ours(refused, recipe) -> None:
-    on = "distillation.enabled=true"
-    refused(recipe, on, parts=("distillation.enabled=True", f"~plugins.{recipe}"))
+class TestTeacher:
+    """Where one is on: what it needs, and what plugins can do beside it."""
 
+    ON, LOSS = "distillation.enabled=true", "distillation.distillation_loss"
+    SERVER = "distillation.teacher_models.teacher_model.inference"
 
-def test_distillation_with_plugins_of_the_driver(run) -> None:
-    run("vade", "distillation.enabled=true")
+    @pytest.mark.parametrize("recipe", ["vade", "clip_cov", "steer", "epo", "dcpo", "perp_grad"])
+    def test_plugins_act_beside_it(self, run, recipe) -> None:
+        run(recipe, self.ON)
+
+    @pytest.mark.parametrize("recipe", ["clip_cov", "steer", "epo", "dcpo"])
+    def test_without_a_reward_there_is_no_policy_loss(self, refused, recipe) -> None:
+        off = f"{self.LOSS}.use_task_rewards"
+        refused(recipe, self.ON, f"{off}=false", parts=(f"{off}=False", f"~plugins.{recipe}"), mended=(f"{off}=true",))
+
+    @pytest.mark.parametrize("key", ["nnodes", "n_gpus_per_node"])
+    def test_devices_of_its_own(self, refused, key) -> None:
+        refused("grpo", self.ON, f"distillation.{key}=0", parts=(f"distillation.{key} is 0",))
+
+    def test_each_is_a_logical_gpu_on_a_cpu(self, run, refused) -> None:
+        there = "ray_kwargs.ray_init.num_gpus"
+        two = (self.ON, "trainer.n_gpus_per_node=2")
+        assert run("grpo", *two).config.ray_kwargs.ray_init.num_gpus == 3
+        assert run("grpo", "trainer.n_gpus_per_node=2").config.ray_kwargs.ray_init.num_gpus == 2
+        refused("grpo", *two, f"{there}=2", parts=(f"{there} is 2",), mended=(f"{there}=3",))
+
+    def test_a_server_of_ours_is_one_device(self, refused) -> None:
+        key = f"{self.SERVER}.tensor_model_parallel_size"
+        two = "distillation.n_gpus_per_node=2"
+        refused("grpo", self.ON, two, f"{key}=2", parts=(f"{key}=2", "transformers"), mended=(f"{key}=1",))
+
+    def test_a_server_that_cannot_tell(self, refused) -> None:
+        refused("grpo", self.ON, f"{self.SERVER}.name=trtllm", parts=(f"{self.SERVER}.name is 'trtllm'", "vllm"))
 
 
 class TestLogits:

@@ -30,6 +30,9 @@ LONE_SEGMENTS = {"lonely_group.estimate_advantage": "segments are compared with 
 TRUST_REGION = "as in the authors' code, the drift that is penalised is the mean of the micro-batch"
 SUMS_PER_ROW = Scenario(overrides={"actor_rollout_ref.actor.loss_agg_mode": "seq-mean-token-sum"})
 OF_GROUPS = Scenario(overrides={"algorithm.adv_estimator": "grpo"})
+FIRST_RANK = {
+    "ranks.distillation_loss": "the invented actor steps on the first rank only, and so does this head's decay"
+}
 FSDP2 = Scenario(overrides={"actor_rollout_ref.actor.strategy": "fsdp2"})
 SEQUENCES = Scenario(
     overrides={
@@ -115,6 +118,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"config": {"bootstrap": "none"}, "except_for": OF_VALUES},
     ],
     "perp_grad": [{"scenario": FSDP2}, {"scenario": FSDP2, "config": {"granularity": "global", "min_ndim": 0}}],
+    "dhkd": [
+        {"scenario": FSDP2},
+        {"scenario": FSDP2, "config": {"head": "lowrank", "rank": 2, "align_gradients": True}},
+        {"scenario": FSDP2, "config": {"head": "full", "loss": "binary_kl_norm"}, "except_for": FIRST_RANK},
+        {"scenario": FSDP2, "config": {"loss": "binary_kl", "temperature": 1.0}},
+    ],
     "ghosts_of_softmax": [
         {"scenario": FSDP2},
         {"scenario": FSDP2, "config": {"target_r": 1e-3, "quantile": 0.9}},

@@ -96,6 +96,12 @@ class Sound(Plugin):
         return logits * self.config.scale + logits.logsumexp(-1, keepdim=True)
 
     @hookimpl(wrapper=True)
+    def distillation_loss(self, distilled):
+        losses = yield
+        distilled.log({"tokens": len(losses)}, "sum")
+        return self.config.scale * losses + distilled.logits(detached=True).square().mean(1)
+
+    @hookimpl(wrapper=True)
     def policy_loss(self, tokens):
         losses = yield
         tokens.log({"rows": len(losses)}, "sum")
@@ -572,6 +578,30 @@ UNSOUND: list[tuple[str, str, dict[str, Any]]] = [
         "gradient.shape_logits",
         "that depends on logits outside the response mask",
         {"shape_logits": leaning_on_the_token_before},
+    ),
+    (
+        "gradient.distillation_loss",
+        "no gradient reaches the policy",
+        {"distillation_loss": lambda self, distilled: distilled.logits().detach()[:, 0] + distilled.weight.sum() * 0},
+    ),
+    (
+        "result.distillation_loss",
+        "expected [tokens]",
+        {"distillation_loss": lambda self, distilled: distilled.logits()},
+    ),
+    (
+        "in_place.distillation_loss",
+        "changes teacher_log_probs in place",
+        {
+            "distillation_loss": lambda self, distilled: (
+                distilled.logits()[:, 0] * distilled.teacher_log_probs.exp_().sum(1)
+            )
+        },
+    ),
+    (
+        "micro_batches.distillation_loss",
+        "one micro-batch instead of two",
+        {"distillation_loss": lambda self, distilled: distilled.logits()[:, 0] * len(distilled.hidden)},
     ),
     (
         "gradient.policy_loss",

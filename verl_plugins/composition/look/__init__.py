@@ -20,6 +20,7 @@ from verl_plugins.composition.look.data import Found, look_at_data
 from verl_plugins.composition.look.folder import look_at_folder
 from verl_plugins.composition.look.model import PATH, look_at_model
 from verl_plugins.composition.look.reward import look_at_reward
+from verl_plugins.composition.look.teacher import look_at_teacher
 from verl_plugins.composition.manager import Plugins
 from verl_plugins.composition.scratch import no_folder_of_the_compiler
 
@@ -42,12 +43,13 @@ def look(composed: Composed, plugins: Plugins, out: Path | None = None) -> list[
         model, found = None, []
         if not OmegaConf.is_missing(config.actor_rollout_ref.model, "path"):
             model = look_at_model(config, made.get(PATH))
+        teachers = look_at_teacher(config, model, made)
         if not any(OmegaConf.is_missing(config.data, name) for name in ("train_files", "val_files")):
             found = look_at_data(config, model, labels, made)
         look_at_agent(config, named_by_rows=any(one.names_loop or one.unread for one in found))
         folder = look_at_folder(config, out) if out is not None else []
     seen = f"model: {model}" if model else "model: not looked at before the run"
-    return [reward, seen, *(described(one, config) for one in found), *folder]
+    return [reward, seen, *teachers, *(described(one, config) for one in found), *folder]
 
 
 @contextmanager
