@@ -16,7 +16,7 @@ from verl.utils.device import get_device_name
 from verl.utils.metric import Metric
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
-from verl_plugins.bridge import census, probe
+from verl_plugins.bridge import census, gap, parting, probe
 from verl_plugins.bridge.defaults import ActorDefaults
 from verl_plugins.bridge.joined import JoinedMetrics
 from verl_plugins.bridge.logits import shape
@@ -48,6 +48,8 @@ class PluginActorWorker(ActorRolloutRefWorker):
         loss = PluginLoss(plugins, omega_conf_to_dataclass(self.config.actor), seed, metrics)
         actor = EngineActor(engine, loss, metrics)
         self.plugins = plugins
+        if any(gap.NAME in plugin.needs for plugin in plugins):
+            gap.tell_gaps(engine)
         shape(plugins, *[part.engine.module for part in (self.actor, self.ref) if part is not None])
         if not any(plugins.implements(stage) for stage in STAGES):
             return
@@ -112,6 +114,9 @@ class EngineActor:
 
     def gather(self, values: Tensor) -> Tensor:
         return probe.gather(values)
+
+    def gradients(self, name: str, parameters: Sequence[Tensor]) -> dict[float, list[Tensor]]:
+        return parting.gradients(self._engine, self._data, self._loss, name, parameters)
 
     def optimizer_step(self) -> float:
         """What the engine calls: the stage, whose last implementation is the engine's own step."""

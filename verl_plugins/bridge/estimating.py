@@ -117,8 +117,7 @@ class EstimatesAdvantage(SendsRows):
         known["rm_scores"] = known.pop("token_level_rewards")
         if self._prompt_log_probs:
             known["prompt_log_probs"] = torch.stack([self._prompt_log_probs[key] for key in keys])
-        if self._sum_pi_squared:
-            known["sum_pi_squared"] = torch.stack([self._sum_pi_squared[key] for key in keys])
+        known |= {name: torch.stack([of[key] for key in keys]) for name, of in self._statistics.items()}
         changed = bool(self._full.dropped.any()) or self._full.additions
         full = self._full if changed else None
         self._batch = batch = self._open(keys, known, full)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -78,6 +79,15 @@ class PluginLoss:
             f"step {self.step}: the loss has no gradient, so nothing can be learnt ({blamed}): compute it from "
             "tokens.log_probs, without detach"
         )
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, a mini-batch's losses are computed once more: nothing is logged, and micro-batches count anew."""
+        kept, self._metrics, self.micro_batch = (self._metrics, self.micro_batch), JoinedMetrics(), 0
+        try:
+            yield
+        finally:
+            self._metrics, self.micro_batch = kept
 
     def enter_step(self, step: int) -> None:
         """A mini-batch of training step `step` begins."""

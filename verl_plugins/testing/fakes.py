@@ -166,6 +166,11 @@ class FakeActor:
     def gather(self, values: Tensor) -> Tensor:
         return values
 
+    def gradients(self, name: str, parameters: Sequence[Tensor]) -> dict[float, list[Tensor]]:
+        """Two parts that add up to the gradients there are."""
+        first = [plausible(torch.arange(one.numel())).view(one.shape) * one.grad for one in parameters]
+        return {1.0: first, 2.0: [one.grad - part for one, part in zip(parameters, first, strict=True)]}
+
     def accumulate(self) -> None:
         """Gradients of one mini-batch, a function of seed, step and mini-batch."""
         generator = torch.Generator().manual_seed(hash((self._seed, self.step, self.mini_batch)) & 0xFFFFFFFF)
