@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from verl_plugins.lab import Progress
+from verl_plugins.lab import Claim, Curve, Findings, Panel, Progress
 from verl_plugins.plugin import setting
 
 SIDE, PLAYERS, HIDDEN, ACTIONS = 30, 900, 96, 2
