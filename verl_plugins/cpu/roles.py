@@ -66,7 +66,7 @@ class LessonSettings:
     batch: int = 64
     lr: float = 2e-3
     right: float = 0.6
-    noted: float = 0.5
+    noted: float = 0.35
     exact_until: float = 0.6
     threads: int = 1
     seed: int = 0
@@ -104,14 +104,15 @@ class Lessons:
         import torch
 
         right = 1.0 if step < self.settings.exact_until * self.settings.steps else self.settings.right
-        rows = [self._lesson(right) for _ in range(self.settings.batch)]
+        noted = self.rng.random() < self.settings.noted  # all of a batch or none, whose rows are as long as the longest
+        rows = [self._lesson(right, noted) for _ in range(self.settings.batch)]
         length = max(len(prompt) + len(answer) for prompt, answer in rows)
         pad, width = self.tokenizer.pad_token_id, len(self.tokenizer)
         ids = torch.tensor([[*p, *a, *[pad] * (length - len(p) - len(a))] for p, a in rows])
         said = torch.tensor([[0] * len(p) + [1] * len(a) + [0] * (length - len(p) - len(a)) for p, a in rows])
         return ids, torch.nn.functional.one_hot(ids.roll(-1, 1), width) * said.roll(-1, 1)[..., None].float()
 
-    def _lesson(self, right: float) -> tuple[list[int], list[int]]:
+    def _lesson(self, right: float, noted: bool) -> tuple[list[int], list[int]]:
         """Tokens of a prompt and of its answer."""
         first, second, third = self._digits()
         off = 0 if self.rng.random() < right else self.rng.choice((-2, -1, 1, 2))
@@ -119,8 +120,7 @@ class Lessons:
             role, question, answer = "planner", asked((first, second, third)), asked((first + second + off, third))
         else:
             role, question, answer = "solver", asked((first + second, third)), str(first + second + third + off)
-        notes = [self._note(), self._note()]
-        prompt = f"{WORDS[role]}{notes[0]}{notes[1].lstrip()}{question}"
+        prompt = f"{WORDS[role]}{self._notes() if noted else ''}{question}"
         return self.tokenizer(prompt).input_ids, [*self.tokenizer(answer).input_ids, self.tokenizer.eos_token_id]
 
     def _digits(self) -> tuple[int, ...]:
@@ -128,11 +128,10 @@ class Lessons:
             pass
         return terms
 
-    def _note(self) -> str:
-        if self.rng.random() >= self.settings.noted:
-            return ""
-        inside = "".join(self.rng.choice(NOTED) for _ in range(self.rng.randrange(6, 22)))
-        return f"\n[{inside}]" if self.rng.random() < 0.5 else f"\n<{inside}>\n"
+    def _notes(self) -> str:
+        """A note in one kind of brackets, in the other, or both."""
+        first, second = ("".join(self.rng.choices(NOTED, k=self.rng.randrange(6, 23))) for _ in range(2))
+        return self.rng.choice((f"\n[{first}]", f"<{second[:10]}>\n", f"\n[{first}]<{second[:10]}>\n"))
 
 
 def prepare(config: DictConfig, progress: Progress | None = show_progress) -> None:
