@@ -40,7 +40,9 @@ class AnchorTags(Plugin):
     @dataclass
     class Config:
         column: str = setting("anchor_id", "column of the dataset, or key of its extra_info, with the prompt's anchor")
-        tag: str = setting("<topic_{anchor}>\n", "what stands in front; {anchor} becomes the number, two digits long")
+        tag: str = setting(
+            "<topic_{anchor}>", "the line that stands in front; {anchor} becomes the number, two digits long"
+        )
 
     def check(self, config: DictConfig) -> None:
         if NUMBER not in self.config.tag:
@@ -59,7 +61,7 @@ class AnchorTags(Plugin):
 
     def _tag(self, prompts: Prompts) -> None:
         for prompt in prompts:
-            tag = self.config.tag.replace(NUMBER, f"{anchor_of(prompt, self.config.column):02d}")
+            tag = self.config.tag.replace(NUMBER, f"{anchor_of(prompt, self.config.column):02d}") + "\n"
             messages = list(prompt.messages)
             place = next((k for k, message in enumerate(messages) if message["role"] == "user"), None)
             if place is None:

@@ -30,8 +30,8 @@ def test_the_tag_stands_before_what_is_asked(stage: str, row: dict) -> None:
 
 
 def test_a_tag_of_one_s_own_and_long_numbers() -> None:
-    found = tagged({"raw_prompt": CHAT, "stratum": 123}, column="stratum", tag="[{anchor}] ")
-    assert found[1]["content"] == "[123] 1+1="
+    found = tagged({"raw_prompt": CHAT, "stratum": 123}, column="stratum", tag="[{anchor}]")
+    assert found[1]["content"] == "[123]\n1+1="
 
 
 def test_images_stay_behind_it() -> None:
