@@ -303,6 +303,11 @@ class Batch(SelectsRows, HasValues):
         return self._field("hidden_states")
 
     @property
+    def top2_gap(self) -> Tensor:
+        """[B,T] log-prob of the likeliest token less that of the second, before this step's update."""
+        return self._field("top2_gap")
+
+    @property
     def prompt_log_probs(self) -> Tensor:
         """[B,P] log-probs of the prompt's tokens after its first, zero-padded on the right; see `prompt_lengths`."""
         return self._field("prompt_log_probs")
@@ -332,7 +337,26 @@ class Batch(SelectsRows, HasValues):
                 return place()
         with contextlib.suppress(DataError, KeyError):
             return self._inside("extra_info", name)
+        self._refuse_some(name)
         raise DataError(f"field {name!r} is neither in the queue nor in the reward's parts nor in the dataset row")
+
+    def _refuse_some(self, name: str) -> None:
+        """DataError where an agent loop, a reward or a plugin has given a field to some of the rows only."""
+        with contextlib.suppress(KeyError):
+            rows = self._source.fetch("extra_fields")
+            having = [name in row or name in row.get("reward_extra_info", {}) for row in rows]
+            if any(having) and not all(having):
+                lacking = self.keys[having.index(False)]
+                raise DataError(f"row {lacking} has no field {name!r}, which others of the step have: give it to all")
+
+    def labels(self, name: str) -> list[str]:
+        """[B] `extra(name)` as text: names of roles, strata or the like, numbers in their shortest form."""
+        values = self.extra(name)
+        if isinstance(values, Tensor):
+            values = [f"{value:g}" for value in values.tolist()] if values.dim() == 1 else [None] * len(self)
+        if None in values:
+            raise DataError(f"field {name!r} must have one name per row; row {self.keys[values.index(None)]} has none")
+        return [str(value) for value in values]
 
     def _inside(self, field: str, name: str, within: str | None = None) -> Any:
         rows = self._field(field)

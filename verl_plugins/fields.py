@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 RESERVED = frozenset(
     ("prompts", "responses", "input_ids", "attention_mask", "position_ids", "response_mask", "rm_scores")
     + ("raw_scores", "advantages", "returns", "values", "rollout_log_probs", "ref_log_prob", "entropy", "raw_prompt")
-    + ("prompt_log_probs", "sum_pi_squared", "routed_experts", "hidden_states", "head_values", "bootstrap_values")
+    + ("prompt_log_probs", "sum_pi_squared", "top2_gap", "routed_experts", "hidden_states", "head_values")
+    + ("bootstrap_values",)
     + ("uid", "extra_fields", "extra_info", "reward_model", "data_source")
     + ("response_lengths", "prompt_lengths", "seq_len", "verdict", "acc")
 )

@@ -218,6 +218,19 @@ class Answer:
     ground_truth: Any
     data_source: str
     extra_info: dict[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """Of the row: those of the dataset, and above them what the agent loop or a plugin gave the session."""
+
+    def extra(self, name: str) -> Any:
+        """A column of the row or a key of `extra_info`, by name as in `batch.extra`.
+
+        Raises:
+            DataError: there is none.
+        """
+        for place in (self.columns, self.extra_info):
+            if name in place:
+                return place[name]
+        raise DataError(f"field {name!r} is neither a column of the answer's row nor in its extra_info")
 
 
 @dataclass
@@ -255,6 +268,14 @@ class Actor(Protocol):
         `parameters()`, whose own gradients are of all losses together and stay.
 
         It takes another forward and backward pass over the mini-batch, and FSDP2; all ranks must call it together.
+        """
+
+    def gradients(self, name: str, parameters: Sequence[Tensor]) -> dict[float, list[Tensor]]:
+        """The gradient of this mini-batch's loss in parts: by value of a field [rows] put with `batch.put`, 0 left out.
+
+        This rank's parts, one for each of `parameters` (of `module.parameters()`); over the values they add up to the
+        gradients that are there, which stay as they are. A forward and backward pass for each value that any rank has;
+        all ranks must call it together. verl's FSDP2 only.
         """
 
     def gather(self, values: Tensor) -> Tensor:

@@ -94,13 +94,22 @@ def test_recipes_are_in_the_readme_with_paper_and_stages(name):
 
 @each_training
 def test_pages_name_every_setting_with_its_default(name):
-    has_defaults(page_of(name), rf"plugins\.{name}\.(\w+)", PLUGINS[name].defaults)
+    for plugin in own(name):
+        has_defaults(page_of(name), rf"plugins\.{plugin}\.(\w+)", PLUGINS[plugin].defaults)
 
 
 @each_lab
 def test_pages_name_every_setting_of_the_lab_with_its_default(name):
     settings = manifest.lab_settings(RECIPES[name].lab)
     has_defaults(page_of(name), r"--set (\w+)=", {setting.name: setting.default for setting in settings})
+
+
+def own(name):
+    """The plugins that a recipe's page describes: the one of its name, or those of its paper."""
+    paper = f"arXiv:{RECIPES[name].arxiv}"
+    found = [name] if name in PLUGINS else [one for one in RECIPES[name].plugins if PLUGINS[one].paper == paper]
+    assert found
+    return found
 
 
 def has_defaults(page, form, defaults):
@@ -133,17 +142,19 @@ def test_pages_of_labs_say_how_to_run_them_and_which_claims_they_make(name):
 def test_pages_list_the_metrics_the_plugin_logs(name):
     listed = re.findall(r"^\|((?: ?`\w+`,?)+) \|", section(page_of(name), "Metrics"), re.MULTILINE)
     named = set(re.findall(r"`(\w+)`", " ".join(listed)))
-    source = parsed(PLUGINS[name].target.split(":")[0])
+    mine = [parsed(PLUGINS[plugin].target.split(":")[0]) for plugin in own(name)]
     methods = [
         node.module
+        for source in mine
         for node in ast.walk(source)
         if isinstance(node, ast.ImportFrom) and node.module.startswith("verl_plugins.")
     ]
-    sources = [source, *map(parsed, methods)]
+    sources = [*mine, *map(parsed, methods)]
     strings = {node.value for each in sources for node in ast.walk(each) if isinstance(node, ast.Constant)}
     assert named
     assert named <= strings, f"not in the source: {named - strings}"
-    assert logged(source) <= named, f"not on the page: {logged(source) - named}"
+    in_logs = set().union(*map(logged, mine))
+    assert in_logs <= named, f"not on the page: {in_logs - named}"
 
 
 def parsed(module: str) -> ast.Module:

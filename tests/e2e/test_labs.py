@@ -17,6 +17,7 @@ COMMAND = Path(sys.executable).with_name("verl-plugins")
 BROKEN = {
     "action_grouping": ("deviation=0", "the best fixed grouping gets coarser as the noise grows"),
     "beyond_vanilla_vae": ("iterations=2", "squared singular values of U"),
+    "exploration_cooperation": ("steps=2000", "every shared run ends all or nothing"),
     "mgt": ("layers=1", "a residual stack keeps more than one without skips"),
     "mixup_nc": ("num_classes=2", "they are longer than the straight mix"),
     "nc_deep_linear": ("iterations=3", "no descent ends below the formula's objective"),
@@ -35,7 +36,7 @@ def test_every_lab_of_ours_is_run_here() -> None:
     assert {item.name for item in found if item.lab and item.distribution == "verl-plugins"} == BROKEN.keys()
 
 
-LONG = ("perp_grad", "stablemax")
+LONG = ("exploration_cooperation", "perp_grad", "stablemax")
 """Take 40 s of a core and more."""
 
 

@@ -16,7 +16,7 @@ from verl.utils.device import get_device_name
 from verl.utils.metric import Metric
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
-from verl_plugins.bridge import census, heads, probe
+from verl_plugins.bridge import census, gap, heads, parting, probe
 from verl_plugins.bridge.defaults import ActorDefaults
 from verl_plugins.bridge.hidden import TakesStates
 from verl_plugins.bridge.joined import JoinedMetrics
@@ -50,6 +50,8 @@ class PluginActorWorker(ActorRolloutRefWorker):
         loss = PluginLoss(plugins, omega_conf_to_dataclass(self.config.actor), seed, metrics, distillation)
         actor = EngineActor(engine, loss, metrics)
         self.plugins = plugins
+        if any(gap.NAME in plugin.needs for plugin in plugins):
+            gap.tell_gaps(engine)
         shape(plugins, *[part.engine.module for part in (self.actor, self.ref) if part is not None])
         if wishes := [plugin.hidden_wish() for plugin in plugins if "hidden_states" in plugin.needs]:
             TakesStates(engine, wishes)
@@ -121,6 +123,9 @@ class EngineActor:
 
     def distillation_gradient(self) -> list[Tensor]:
         return probe.gradient(self._engine, self._data, self._loss, self._loss.distilling())
+
+    def gradients(self, name: str, parameters: Sequence[Tensor]) -> dict[float, list[Tensor]]:
+        return parting.gradients(self._engine, self._data, self._loss, name, parameters)
 
     def optimizer_step(self) -> float:
         """What the engine calls: the stage, whose last implementation is the engine's own step."""

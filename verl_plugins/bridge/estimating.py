@@ -118,8 +118,7 @@ class EstimatesAdvantage(SendsRows, KnowsValues):
         known["rm_scores"] = known.pop("token_level_rewards")
         if self._prompt_log_probs:
             known["prompt_log_probs"] = torch.stack([self._prompt_log_probs[key] for key in keys])
-        if self._sum_pi_squared:
-            known["sum_pi_squared"] = torch.stack([self._sum_pi_squared[key] for key in keys])
+        known |= {name: torch.stack([of[key] for key in keys]) for name, of in self._statistics.items()}
         if "hidden_states" in self.needs:
             known["hidden_states"] = None if self._hidden is None else self._hidden.of(keys)
         known |= self._known_values(rows)

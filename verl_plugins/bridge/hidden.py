@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import transfer_queue as tq
@@ -120,13 +121,13 @@ class TakesStates:
         hooks = [(decoder[layer], partial(taking.before_layer, layer)) for layer in layers[:-1]]
         hooks.append((model.get_output_embeddings(), taking.before_head))
         handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
-        engine.prepare_model_inputs, engine.prepare_model_outputs = taking.inputs, taking.outputs
+        replaced = {"prepare_model_inputs": taking.inputs, "prepare_model_outputs": taking.outputs}
         try:
-            yield
+            with patch.multiple(engine, **replaced):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
-            del engine.prepare_model_inputs, engine.prepare_model_outputs
 
 
 def causal_model(module: torch.nn.Module) -> Any:

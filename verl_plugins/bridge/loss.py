@@ -140,6 +140,15 @@ class PluginLoss:
             "tokens.log_probs, without detach"
         )
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, a mini-batch's losses are computed once more: nothing is logged, and micro-batches count anew."""
+        kept, self._metrics, self.micro_batch = (self._metrics, self.micro_batch), JoinedMetrics(), 0
+        try:
+            yield
+        finally:
+            self._metrics, self.micro_batch = kept
+
     def enter_step(self, step: int) -> None:
         """A mini-batch of training step `step` begins."""
         if step != self.step:

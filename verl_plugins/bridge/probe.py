@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from tensordict import TensorDict
@@ -53,12 +54,9 @@ def logits(engine: Any, data: TensorDict, tokens: int, at: Iterable[Tensor] | No
         found.append(_predicting(engine, output.logits, output_args, micro_batch))
         return {}
 
-    with moved(trained(engine.module), at), _evaluating(engine.module):
-        engine.prepare_model_outputs = catch
-        try:
-            engine.infer_batch(part, loss_function=None)
-        finally:
-            del engine.prepare_model_outputs
+    replaced = patch.object(engine, "prepare_model_outputs", catch)
+    with moved(trained(engine.module), at), _evaluating(engine.module), replaced:
+        engine.infer_batch(part, loss_function=None)
     return torch.cat(found)
 
 

@@ -49,4 +49,5 @@ class PluginRewardManager(NaiveRewardManager):
             ground_truth=(columns.get("reward_model") or {}).get("ground_truth"),
             data_source=str(columns.get("data_source") or ""),
             extra_info=dict(columns.get("extra_info") or {}),
+            columns={**columns, **(columns.get("tool_extra_fields") or {})},
         )

@@ -29,6 +29,8 @@ from verl_plugins.composition.blame import told
 from verl_plugins.diagnostics.budget import ACCOUNT_FIELD
 from verl_plugins.errors import DataError, ResultError
 
+AGENT = "__agent_name__"
+"""Column of a session on its way through the loop that it names; verl takes the dataset's away."""
 OWN_SINGLE_TURN = f"{SingleTurn.__module__}.{SingleTurn.__qualname__}"
 METRICS_FIELD = "plugin_metrics"
 """Metrics logged during `rollout_group` travel to the driver in this part of a row's extra fields."""
@@ -129,6 +131,7 @@ class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
 
     async def _run_agent_loop(self, sampling_params: dict, trajectory: dict, *, agent_name: str, **columns: Any) -> Any:
         """verl's own, except that its single-turn loop is set up once and copied instead of made from its settings."""
+        columns[AGENT] = agent_name
         if agent_name != SINGLE_TURN or _agent_loop_registry[SINGLE_TURN]["_target_"] != OWN_SINGLE_TURN:
             if columns.get(PREFILL) or columns.get(PREFIX):
                 who = f"prompt {columns['uid']} with the agent loop {agent_name!r}"
@@ -159,6 +162,8 @@ class PluginAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
 
     async def _agent_loop_postprocess(self, output: Any, validate: bool, **columns: Any) -> Session:
         """Score a session's outputs and hand them back instead of publishing them."""
+        if AGENT in columns:
+            columns["agent_name"] = columns.pop(AGENT)
         outputs = output if isinstance(output, list) else [output]
         if not outputs:
             raise DataError("the agent loop gave no output for a session")

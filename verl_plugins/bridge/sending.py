@@ -15,6 +15,7 @@ from verl.workers.utils.padding import response_from_nested
 
 from verl_plugins.batch import Batch
 from verl_plugins.bridge import hidden
+from verl_plugins.bridge.gap import WANTED
 from verl_plugins.bridge.queue import QueueSource, write_fields
 from verl_plugins.hidden import Wish
 
@@ -25,8 +26,8 @@ STEP_FIELDS = ("entropy", "returns", "values", "rollout_log_probs")
 """What verl's engine and loss read; columns that do not exist in a run are left out."""
 
 
-SQUARES = "calculate_sum_pi_squared"
-"""verl's word for it in a forward pass."""
+STATISTICS = {"sum_pi_squared": "calculate_sum_pi_squared", "top2_gap": WANTED}
+"""What the pass for the old log-probs computes only where a plugin needs it, and the word that asks for it."""
 
 
 class SendsRows:
@@ -97,15 +98,14 @@ class SendsRows:
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         batch = self._for_workers(batch)
-        if squares := "sum_pi_squared" in self.needs:
-            batch.extra_info[SQUARES] = True
+        wanted = [name for name in STATISTICS if name in self.needs]
+        batch.extra_info.update({STATISTICS[name]: True for name in wanted})
         asked = hidden.ask(batch, self._wishes, self.global_steps, self.seed)
         batch = super()._compute_old_log_prob(batch, metrics)
-        for word in (SQUARES, hidden.MEASURED_STEP):
+        for word in (*(STATISTICS[name] for name in wanted), hidden.MEASURED_STEP):
             batch.extra_info.pop(word, None)
+        self._statistics = self._read_statistics(batch, wanted)
         self._hidden = None if asked is None else hidden.read(batch, asked)
-        if squares:
-            self._read_sum_pi_squared(batch)
         self._restore_old_log_probs(batch.partition_id)
         if "prompt_log_probs" in self.needs:
             self._read_prompt_log_probs(batch)
@@ -128,11 +128,14 @@ class SendsRows:
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         return super()._compute_ref_log_prob(self._for_workers(batch), metrics)
 
-    def _read_sum_pi_squared(self, batch: KVBatchMeta) -> None:
-        fields = ["sum_pi_squared", "response_mask"]
+    def _read_statistics(self, batch: KVBatchMeta, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+        """By name: [T] of each row, by its key."""
+        if not names:
+            return {}
+        fields = [*names, "response_mask"]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
-        values = response_from_nested(data["sum_pi_squared"], data["response_mask"]).to_padded_tensor(0)
-        self._sum_pi_squared = dict(zip(batch.keys, values, strict=True))
+        padded = [response_from_nested(data[name], data["response_mask"]).to_padded_tensor(0) for name in names]
+        return {name: dict(zip(batch.keys, values, strict=True)) for name, values in zip(names, padded, strict=True)}
 
     def _read_prompt_log_probs(self, batch: KVBatchMeta) -> None:
         """Keep the prompts' log-probs: verl overwrites the field when it scores the reference policy."""

@@ -66,7 +66,8 @@ class Stages(DrawsPrompts, EstimatesAdvantage, ServesRollouts, SavesState):
         self._past: dict[str, np.ndarray] = {}
         """Old log-probs of the rows of earlier steps, by their keys in this one."""
         self._prompt_log_probs: dict[str, Tensor] = {}
-        self._sum_pi_squared: dict[str, Tensor] = {}
+        self._statistics: dict[str, dict[str, Tensor]] = {}
+        """What the pass for the old log-probs computed besides, by name and by row key."""
         self._columns: set[str] = set()
         self._begun_with: dict[str, int] = {}
         self._shipped: set[str] = set()

@@ -26,7 +26,7 @@ from verl_plugins.errors import CompositionError, nearest
 
 FREE_FORM = ("ray_kwargs.ray_init", "ray_kwargs.ray_init.runtime_env")
 """Sections whose keys verl passes on as they are, besides the empty ones (`{}`) of its configuration."""
-OWN_SECTIONS = ("cpu", "lookup", "smollm2")
+OWN_SECTIONS = ("cpu", "lookup", "roles", "smollm2")
 """Sections a preset may bring that verl does not know."""
 
 

@@ -26,6 +26,7 @@ NEEDS = (
     "rollout_log_probs",
     "rm_scores",
     "sum_pi_squared",
+    "top2_gap",
     "uid",
     "values",
     "verdict",
@@ -114,8 +115,9 @@ def _check_loss(config: DictConfig, plugins: Plugins) -> None:
 
 
 MADE = ("data.", "actor_rollout_ref.model.", "critic.model.", "actor_rollout_ref.rollout.multi_turn.tool_config_path")
+MADE += ("actor_rollout_ref.rollout.agent.agent_loop_config_path",)
 """Keys whose values presets make."""
-OF_THE_PASS = ("entropy", "hidden_states", "old_log_probs", "prompt_log_probs", "sum_pi_squared")
+OF_THE_PASS = ("entropy", "hidden_states", "old_log_probs", "prompt_log_probs", "sum_pi_squared", "top2_gap")
 """What the forward pass before the update computes."""
 
 
@@ -136,6 +138,8 @@ def _provide(config: DictConfig, need: str, plugin: Plugin) -> None:
             f"plugin {plugin.name!r} needs sum_pi_squared, and actor_rollout_ref.model.use_fused_kernels=True makes no "
             "logits to compute it from: set it to False"
         )
+    if need == "top2_gap":
+        refusals.check_logits(config, f"plugin {plugin.name!r} needs top2_gap, which is read off logits")
     if need == "logits":
         refusals.check_logits(config, f"plugin {plugin.name!r} needs logits (actor.logits)")
     if need == "hidden_states":

@@ -7,6 +7,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from verl_plugins.errors import DataError, nearest
+
 Column = Optional[str]  # noqa: UP045
 Text = Optional[str]  # noqa: UP045
 Keep = Annotated[
@@ -24,6 +26,8 @@ Set = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option("--set", metavar="KEY=VALUE", help="A setting of the tasks, or of one: task.key=value; repeatable."),
 ]
+
+KINDS, LONG_TEXTS = ("hashing", "folder", "http", "callable"), ("windows", "tail")
 
 app = typer.Typer(help="Data of your own.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -67,7 +71,6 @@ def convert(
     from verl_plugins.data.convert import Options
     from verl_plugins.data.convert import convert as convert_file
     from verl_plugins.data.report import print_report
-    from verl_plugins.errors import DataError
 
     if val_fraction is not None and val_to is None:
         raise DataError(f"--val-fraction {val_fraction} needs --val-to, the file for the rows that are held out")
@@ -129,3 +132,52 @@ def gym(
         table.add_row(one.task, *map(str, (one.train, one.val, one.longest_question)))
     Console().print(table)
     print(f"first question:\n{written[0].example}\nanswer: {written[0].answer}")
+
+
+@app.command()
+def anchors(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A parquet file in verl's schema.")],
+    to: Annotated[Path, typer.Option("--to", metavar="OUT", help="The parquet file to write.")],
+    count: Annotated[int, typer.Option("--anchors", help="How many anchors.", min=1)] = 16,
+    embedder: Annotated[str, typer.Option(help="hashing, folder, http or callable.")] = "hashing",
+    source: Annotated[str, typer.Option(help="The embedder's folder, address or module:function.")] = "",
+    long_text: Annotated[str, typer.Option(help="Of texts a folder's model cannot read at once: windows or tail.")] = (
+        "windows"
+    ),
+    val: Annotated[Optional[Path], typer.Option(help="Held-out prompts, which go to the same anchors.")] = None,  # noqa: UP045
+    val_to: Annotated[Optional[Path], typer.Option(help="The parquet file to write of them.")] = None,  # noqa: UP045
+    compare: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FOLDER", help="A model's folder: how alike is its map of the anchors (recipe ecr)."),
+    ] = None,
+    column: Annotated[str, typer.Option(help="Name of the new column.")] = "anchor_id",
+    seed: Annotated[int, typer.Option(help="Seed of the first anchors.")] = 0,
+) -> None:
+    """Embed and cluster prompts, and write the number of each prompt's anchor into a column, for the recipe ecr.
+
+    Example: verl-plugins data anchors train.parquet --to with_anchors.parquet --embedder folder --source models/e5
+    """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from verl_plugins.data.anchors import Options, write
+    from verl_plugins.reward.embedding import embedder as made
+
+    kinds = {"--embedder": (embedder, KINDS), "--long-text": (long_text, LONG_TEXTS)}
+    for flag, (given, known) in kinds.items():
+        if given not in known:
+            raise DataError(f"{flag} is {given!r}{nearest(given, known)}")
+    compared = made("folder", str(compare), long_text) if compare else None
+    options = Options(anchors=count, seed=seed, column=column, val=val, val_to=val_to)
+    report = write(file, to, made(embedder, source, long_text), options, compared)
+    table = Table(title=str(to), title_justify="left")
+    for heading in ("anchor", "prompts", *(["held out"] if report.val_counts else []), "nearest prompt"):
+        table.add_column(heading, justify="left" if heading == "nearest prompt" else "right")
+    for anchor, (number, example) in enumerate(zip(report.counts, report.examples, strict=True)):
+        held_out = [str(report.val_counts[anchor])] if report.val_counts else []
+        table.add_row(str(anchor), str(number), *held_out, escape(example.replace("\n", " ")[:60]))
+    Console().print(table)
+    if compare:
+        found = "cannot be told" if report.consistency is None else f"{report.consistency:.3f}"
+        print(f"geometry consistency with {compare}: {found}")

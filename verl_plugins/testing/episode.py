@@ -31,7 +31,7 @@ from verl_plugins.testing.table import Table
 
 PROCESSES = ("driver", "agent_loop", "reward", "actor", "critic")
 DISTURBED = ("old_log_probs", "log_probs", "entropy", "current_entropy", "rollout_log_probs", "ref_log_prob")
-DISTURBED += ("sum_pi_squared",)
+DISTURBED += ("sum_pi_squared", "top2_gap")
 MORE_COLUMNS = 3
 
 

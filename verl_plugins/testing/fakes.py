@@ -170,6 +170,11 @@ class FakeActor:
         """Made up, half of what `accumulate` makes plus something of its own."""
         return [0.5 * parameter.grad - 0.1 * parameter.detach() for parameter in self.module.parameters()]
 
+    def gradients(self, name: str, parameters: Sequence[Tensor]) -> dict[float, list[Tensor]]:
+        """Two parts that add up to the gradients there are."""
+        first = [plausible(torch.arange(one.numel())).view(one.shape) * one.grad for one in parameters]
+        return {1.0: first, 2.0: [one.grad - part for one, part in zip(parameters, first, strict=True)]}
+
     def accumulate(self) -> None:
         """Gradients of one mini-batch, a function of seed, step and mini-batch."""
         generator = torch.Generator().manual_seed(hash((self._seed, self.step, self.mini_batch)) & 0xFFFFFFFF)

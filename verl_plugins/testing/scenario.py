@@ -21,7 +21,8 @@ from verl_plugins.testing.fakes import FakeTokenizer
 from verl_plugins.testing.table import Table, pad, uids
 
 TOKENIZER = FakeTokenizer()
-POLICY_FIELDS = ("old_log_probs", "entropy", "prompt_log_probs", "rollout_log_probs", "ref_log_probs", "sum_pi_squared")
+POLICY_FIELDS = ("old_log_probs", "entropy", "prompt_log_probs", "rollout_log_probs", "ref_log_probs")
+POLICY_FIELDS += ("sum_pi_squared", "top2_gap")
 """As `needs` calls them; all but the first are in a batch only if the plugin needs them."""
 
 
@@ -227,6 +228,7 @@ class World:
                 "sum_pi_squared": np.exp(2 * np.asarray(old)) + rng.uniform(0.0, 0.1, size),
                 "rollout_log_probs": rollout.log_probs,
                 "ref_log_prob": np.minimum(old + rng.normal(0, 0.5, size), -1e-3),
+                "top2_gap": self.rng(step, *place, 4).exponential(1.0, size),
             }
             values = {name: piece.cut(list(value), [0.0]) for name, value in values.items()}
             values["prompt_log_probs"] = -rng.exponential(1.0, prompt_length - 1)

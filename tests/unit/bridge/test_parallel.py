@@ -244,7 +244,7 @@ class TestOrder:
         trainer.plugins = Plugins([Numbering(Numbering.Config())])
         mask = torch.ones(len(batch), 3)
         fields = {"response_mask": mask, "token_level_rewards": mask.clone()}
-        trainer.defaults, trainer._prompt_log_probs, trainer._sum_pi_squared = SimpleNamespace(), {}, {}
+        trainer.defaults, trainer._prompt_log_probs, trainer._statistics = SimpleNamespace(), {}, {}
         data = SimpleNamespace(batch=fields)
         trainer._estimate_by_stage(lambda *args, **kwargs: None, data, batch.keys, {})
         return seen, dict(zip(batch.keys, data.batch["advantages"][:, 0].tolist(), strict=True))

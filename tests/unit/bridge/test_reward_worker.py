@@ -11,7 +11,7 @@ import pytest
 from agents import EOS
 from verl.experimental.reward_loop import reward_loop
 
-from verl_plugins import CompositionError, Plugin, Verdict, hookimpl
+from verl_plugins import CompositionError, DataError, Plugin, Verdict, hookimpl
 from verl_plugins.bridge import census
 from verl_plugins.bridge.launch import finish
 from verl_plugins.bridge.rows import _reward_input
@@ -40,12 +40,14 @@ RAISED = [
 def score(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Scores the answer to row 0 or another, with these overrides and plugins."""
 
-    def ask(row: int, *overrides: str, plugins: tuple[Plugin, ...] = ()) -> dict[str, Any]:
+    def ask(
+        row: int, *overrides: str, plugins: tuple[Plugin, ...] = (), said: dict[str, Any] | None = None, **more: Any
+    ) -> dict[str, Any]:
         path = f"actor_rollout_ref.model.path={tiny}"
         config = finish(compose("grpo", "cpu", [path, *overrides]).config, tmp_path)
         monkeypatch.setattr(census, "build", lambda section, role: Plugins(plugins, check=outcome.check))
-        output = SimpleNamespace(prompt_ids=[3], response_ids=[7, EOS], num_turns=2, extra_fields={})
-        columns = {"data_source": "sums", "reward_model": {"ground_truth": "2"}, "extra_info": {"index": row}}
+        output = SimpleNamespace(prompt_ids=[3], response_ids=[7, EOS], num_turns=2, extra_fields=said or {})
+        columns = {"data_source": "sums", "reward_model": {"ground_truth": "2"}, "extra_info": {"index": row}, **more}
 
         async def run() -> Any:
             worker = reward_loop.RewardLoopWorker(config)
@@ -84,6 +86,22 @@ def test_a_plugin(score, error) -> None:
     assert f"(plugin 'broken' in score_answer, {__file__}:" in str(raised.value)
     assert type(error).__name__ in str(raised.value)
     assert score(1, plugins=(Broken(None),))["reward_extra_info"]["acc"] == 1.0
+
+
+def test_an_answer_has_the_columns_of_its_row(score) -> None:
+    class Reads(Plugin):
+        name = "reads"
+
+        @hookimpl
+        def score_answer(self, answer):
+            found = {name: answer.extra(name) for name in ("stratum", "role", "index")}
+            with pytest.raises(DataError, match="'nowhere' is neither a column"):
+                answer.extra("nowhere")
+            return Verdict(1.0, correct=True, parts=found)
+
+    told = score(4, plugins=(Reads(None),), said={"role": "solver"}, stratum=3, role="of the dataset")
+    parts = told["reward_extra_info"]
+    assert (parts["stratum"], parts["role"], parts["index"]) == (3, "solver", 4), "the session's own comes first"
 
 
 def test_another_manager_gives_no_room_to_plugins(tiny, tmp_path, sentence) -> None:

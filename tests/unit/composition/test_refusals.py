@@ -182,6 +182,17 @@ class TestCritic:
         refused("grpo", GAE, example, parts=("critic.model.path", "algorithm.adv_estimator"), preset="1gpu")
 
 
+@pytest.mark.parametrize(
+    ("asked", "part"),
+    [
+        (f"{MODEL}.use_fused_kernels=true", f"{MODEL}.use_fused_kernels=True"),
+        ("algorithm.rollout_correction.bypass_mode=true", "bypass_mode=True"),
+    ],
+)
+def test_gaps_need_logits_in_the_pass_before_the_update(refused, asked, part) -> None:
+    refused("grpo", "+plugins.role_metrics={}", asked, parts=("'role_metrics'", part))
+
+
 @pytest.mark.parametrize("lora", [f"{MODEL}.lora_rank=8", f"{MODEL}.lora_adapter_path=adapter"])
 def test_lora_is_merged_for_the_server_of_the_cpu(refused, lora) -> None:
     refused("grpo", lora, parts=(lora.partition("=")[0],), mended=(f"{MODEL}.lora.merge=true",))

@@ -55,6 +55,11 @@ OF_THE_GYM = Scenario(
     }
 )
 OF_SOURCES = Scenario(columns={"data_source": lambda prompt_id: "abc"[prompt_id % 3]})
+OF_ROLES = Scenario(
+    columns={"role": lambda prompt_id: ("planner", "solver", "critic")[prompt_id % 3]},
+    overrides={"actor_rollout_ref.actor.strategy": "fsdp2", "trainer.total_training_steps": 4},
+)
+OF_ANCHORS = Scenario(columns={"anchor_id": lambda prompt_id: prompt_id % 5})
 SHORT_ANSWERS = Scenario(tokens=7)
 SECOND_EPOCH = Scenario(overrides={"data.train_batch_size": 48}, seed=5)
 """Every step is an epoch of its own, so that prompts are reflected on; with this seed answers are replayed, too."""
@@ -132,6 +137,18 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "stablemax": [{"config": {"allow_pretrained": True}}, {"config": {"allow_pretrained": True, "dtype": "float64"}}],
     "saturation": [{}, {"config": {"probe_tokens": 0}}],
     "lr_spike": [{"config": {"step": 3}}],
+    "role_metrics": [
+        {"scenario": OF_ROLES},
+        {"scenario": OF_ROLES, "config": {"decision": "acc", "window": 2, "gap_fall": 0.0, "reward_rise": 0.0}},
+        {"config": {"role": "data_source"}},
+    ],
+    "gradient_coupling": [
+        {"scenario": OF_ROLES, "config": {"every": 2}},
+        {"scenario": OF_ROLES, "config": {"every": 1, "parameters": "all"}},
+    ],
+    "state_augmentation": [{"scenario": OF_ROLES, "config": {"place": "user"}}],
+    "anchor_tags": [{"scenario": OF_ANCHORS}, {"scenario": OF_ANCHORS, "config": {"tag": "[{anchor}] "}}],
+    "anchor_strata": [{"scenario": OF_ANCHORS}],
     "prob_mask": [{"scenario": OF_GROUPS, "config": {"rho": 0.5}}],
     "spo_chain": [
         {"config": {"interval": 1, "samples": 2}, "except_for": LONE_SEGMENTS},
