@@ -118,7 +118,7 @@ def test_diversity_in_plain_python(count: int, width: int, seed: int) -> None:
     expected = sum(cosine(a, b) for i, a in enumerate(rows) for j, b in enumerate(rows) if i != j) / (count - 1)
     assert float(diversity(weights)) == pytest.approx(expected, abs=1e-9)
     assert -count / (count - 1) - 1e-9 <= expected <= count + 1e-9
-    torch.testing.assert_close(diversity(weights * 7), diversity(weights))
+    torch.testing.assert_close(diversity(weights * 7), diversity(weights), atol=1e-4, rtol=0)
     torch.testing.assert_close(diversity(weights.flip(0)), diversity(weights))
 
 
