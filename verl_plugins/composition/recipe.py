@@ -12,7 +12,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -239,7 +241,7 @@ def _files(folders: Iterable[Folder], pattern: str) -> list[tuple[Path, str]]:
 
 def _recipe(path: Path, owner: str) -> Recipe:
     try:
-        tree = _read(path)
+        tree = _tree(path)
         about = _about(tree, "recipe", RECIPE_KEYS, path)
         plugins = _plugins(tree.pop("plugins", None) or {}, path)
         if unknown := [stage for stage in about.get("stages", []) if stage not in STAGES]:
@@ -254,7 +256,7 @@ def _recipe(path: Path, owner: str) -> Recipe:
 
 def _preset(path: Path, owner: str) -> Preset:
     try:
-        tree = _read(path)
+        tree = _tree(path)
         about = _about(tree, "preset", PRESET_KEYS, path)
         for key in ("env", "requires"):
             about[key] = _texts(about.get(key) or {}, f"{path}: preset.{key}")
@@ -266,7 +268,14 @@ def _preset(path: Path, owner: str) -> Preset:
         return Preset(path.stem, path, owner, broken=str(error))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _tree(path: Path) -> dict[str, Any]:
+    """What is in the file, the caller's to change."""
+    return deepcopy(_read(path, path.stat().st_mtime_ns if path.exists() else 0))
+
+
+@lru_cache(maxsize=256)
+def _read(path: Path, changed: int) -> dict[str, Any]:
+    """What was in the file at the time `changed`; each composition reads all recipes."""
     try:
         tree = _Loader(path.read_text(encoding="utf-8")).get_single_data()
         json.dumps(tree, default=str, skipkeys=True)
