@@ -71,6 +71,7 @@ def worker(rank: int, ranks: int, folder: Path) -> None:
         )
         found[f"{name}, step 2"] = passed(engine, mine, 2, padded=False, sent=False)
         found[f"{name}, not asked"] = passed(engine, mine, 0, padded=False, sent=False)
+        found[f"{name}, alike"] = passed(engine, [1, 4, 1, 4, 4, 1], 1, padded=False, sent=False)
         model = hidden.causal_model(engine.module)
         found[f"{name}, hooks left"] = sum(
             "before_" in str(hook) for part in model.modules() for hook in part._forward_pre_hooks.values()

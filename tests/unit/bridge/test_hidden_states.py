@@ -29,6 +29,7 @@ from verl_plugins.bridge.hidden import (
 )
 from verl_plugins.bridge.sending import SendsRows
 from verl_plugins.cpu.model import make_model, make_tokenizer
+from verl_plugins.diagnostics.classes import by_class, quotient
 from verl_plugins.errors import CompositionError, RunError
 from verl_plugins.hidden import Hidden, Wish, chosen_places, united
 
@@ -99,6 +100,13 @@ def test_steps_that_nobody_wished_for_cost_nothing(folder: Path, engine: str, na
     found = of_ranks(folder, 1, f"{engine}, {name}")
     assert set(found) == {PLACES, "rows"}
     assert torch.load(folder / "hidden_1_0.pt", weights_only=True)[f"{engine}, hooks left"] == 0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_identical_rollouts_have_a_quotient_of_zero(folder: Path, engine: str) -> None:
+    found = of_ranks(folder, 1, f"{engine}, alike")
+    assert sorted(found["rows"].tolist()) == [1, 1, 1, 4, 4, 4]
+    assert (quotient(by_class(found[POOLED], found["rows"])) < 1e-9).all()
 
 
 class TestChoice:
