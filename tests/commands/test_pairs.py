@@ -60,7 +60,7 @@ def test_the_command() -> None:
     assert "mopps" in shown and "are refused" in shown
 
 
-@pytest.mark.parametrize(("name", "words"), [("vaed", ()), ("mgt", ()), ("vade", ("trainer.nnodez=2",))])
+@pytest.mark.parametrize(("name", "words"), [("vaed", ()), ("mixup_nc", ()), ("vade", ("trainer.nnodez=2",))])
 def test_mistakes(name: str, words: tuple[str, ...], sentence) -> None:
     with pytest.raises(CompositionError) as error:
         pairs.pairs(name, "cpu", words)

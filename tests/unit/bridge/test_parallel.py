@@ -188,6 +188,7 @@ class Trainer(PluginTrainerSync):
             }
         )
         self.plugins, self.timing_raw, self.global_steps, self.use_critic = Plugins(plugins), {}, 1, critic
+        self.needs = frozenset()
         self.run, self.tokenizer = SimpleNamespace(scoped=lambda owner: None), SimpleNamespace(eos_token_id=0)
         self.actor_rollout_wg = SimpleNamespace(_dispatch_info={"actor": list(range(ranks))})
         self.critic_wg = SimpleNamespace(train_mini_batch=self.train_critic)

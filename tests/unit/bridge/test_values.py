@@ -72,7 +72,7 @@ class Both:
         self.needs = frozenset().union(*[plugin.needs for plugin in plugins])
         self.timing_raw, self.tokenizer, self.global_steps, self.parameter_sync_step = {}, None, 1, 1
         self.local_trigger_step, self._begun_with, self._shipped, self._columns = 0, {}, set(), {"responses"}
-        self._prompt_log_probs, self._sum_pi_squared, self._updates = {}, {}, []
+        self._prompt_log_probs, self._statistics, self._updates = {}, {}, []
         self._full = SimpleNamespace(dropped=torch.zeros(1), additions=[])
         self._beside = SimpleNamespace(submit=lambda *_: None)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from verl_plugins import Batch, CompositionError, DataError
-from verl_plugins.composition.compose import verl_config
+from verl_plugins.composition.compose import changeable, verl_config
 from verl_plugins.optim.gradient_coupling import FIELD, MOST_ROLES, GradientCoupling, coupling, products
 from verl_plugins.testing import FakeRun
 
@@ -139,7 +139,7 @@ def test_too_many_roles_are_refused(sentence) -> None:
 
 
 def test_other_engines_are_refused(sentence) -> None:
-    config = verl_config()
+    config = changeable(verl_config())
     config.actor_rollout_ref.actor.strategy = "fsdp"
     with pytest.raises(CompositionError) as error:
         GradientCoupling(GradientCoupling.Config()).check(config)

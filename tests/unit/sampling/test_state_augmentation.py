@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from verl_plugins import CompositionError, DataError, Prompt, Prompts
-from verl_plugins.composition.compose import verl_config
+from verl_plugins.composition.compose import changeable, verl_config
 from verl_plugins.sampling.state_augmentation import StateAugmentation, exploration, tenth
 from verl_plugins.testing import FakeRun
 
@@ -82,7 +82,7 @@ def test_a_prompt_without_the_message_is_named(sentence) -> None:
 
 
 def test_settings_that_cannot_be_honoured(sentence) -> None:
-    config = verl_config()
+    config = changeable(verl_config())
     config.trainer.total_training_steps = None
     with pytest.raises(CompositionError) as error:
         StateAugmentation(StateAugmentation.Config()).check(config)
