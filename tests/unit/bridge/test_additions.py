@@ -143,7 +143,8 @@ def stages() -> Any:
     """The trainer, as far as these stages ask it."""
     made = object.__new__(PluginTrainerSync)
     made._past, made.needs, made.notes, made._told_of_skipping = {}, frozenset(), [], False
-    made.global_steps, made.reporter = 7, SimpleNamespace(note=made.notes.append)
+    made.plugins, made.seed, made.global_steps = [], 0, 7
+    made.reporter = SimpleNamespace(note=made.notes.append)
     made._for_workers = lambda batch, *_: batch
     return made
 
