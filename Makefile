@@ -47,7 +47,7 @@ test-modes: $(INSTALLED)
 	$(BIN)/python -m pytest -m modes tests/modes -n 2
 
 test-pairs: $(INSTALLED)
-	$(BIN)/python -m pytest -m pairs tests/pairs -n 2
+	$(BIN)/python -m pytest -m pairs tests/pairs tests/docs/test_pairs_page.py -n 2
 
 test-labs: $(INSTALLED)
 	$(BIN)/python -m pytest -m labs tests/e2e/test_labs.py

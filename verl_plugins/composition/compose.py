@@ -77,9 +77,7 @@ def compose(recipes: str, preset: str | None = None, overrides: Sequence[str] = 
     with open_dict(config):
         config.plugins = OmegaConf.merge(*[part.plugins for part in presets], chosen.plugins)
     _expand_plugins(config, installed)
-    for item in parsed:
-        if not _is_group(item.get_key_element(), item.value()):
-            apply(config, item, installed)
+    apply(config, [item for item in parsed if not _is_group(item.get_key_element(), item.value())], installed)
     _expand_plugins(config, installed)
     asked = frozenset(item.key_or_group for item in parsed if not item.is_delete())
     given = asked.union(*[_keys_of(file) for file in files])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -32,10 +32,18 @@ def parse(text: str) -> Override:
     return override
 
 
-def apply(config: DictConfig, override: Override, installed: Sequence[EntryPoint]) -> None:
-    """Change, add or remove one key of the configuration in place; `installed` plugins are hinted at."""
-    key, line = override.key_or_group, override.input_line
+def apply(config: DictConfig, overrides: Iterable[Override], installed: Sequence[EntryPoint]) -> None:
+    """Change, add or remove keys of the configuration in place; `installed` plugins are hinted at."""
     known = known_keys(config)
+    for override in overrides:
+        _apply(config, override, known, installed)
+        key, value = override.key_or_group, None if override.is_delete() else override.value()
+        plain = key in known and not override.is_delete() and not isinstance(value, dict)
+        known = {**known, key: value} if plain else known_keys(config)
+
+
+def _apply(config: DictConfig, override: Override, known: Mapping[str, Any], installed: Sequence[EntryPoint]) -> None:
+    key, line = override.key_or_group, override.input_line
     adds = override.is_add() or override.is_force_add()
     if key not in known and not adds:
         raise CompositionError(_no_such_key(key, line, known, installed))
