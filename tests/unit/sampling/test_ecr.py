@@ -7,7 +7,7 @@ import copy
 import pytest
 
 from verl_plugins import CompositionError, DataError, Prompt, Prompts
-from verl_plugins.sampling.anchor_tags import AnchorTags
+from verl_plugins.sampling.ecr import AnchorTags
 from verl_plugins.testing import FakeRun
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1="}]
