@@ -236,6 +236,22 @@ def lab(
 
 
 @app.command()
+def check(
+    name: Annotated[str, typer.Argument(help="An installed plugin, yours or ours.")],
+    given: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the plugin; may be repeated."),
+    ] = None,
+    excused: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--except", metavar="LAW", help="The method breaks it on purpose; may be repeated."),
+    ] = None,
+) -> None:
+    """Play a few invented steps with a plugin in this process, several ways, without a training: 1 if a law breaks."""
+    _start("verl_plugins.testing.command:check", name, given or (), excused or ())
+
+
+@app.command()
 def score(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Answers, as .jsonl, .json or .parquet, or a dump.")],
     text: Annotated[Optional[str], typer.Option(metavar="COLUMN", help="The responses.")] = None,  # noqa: UP045

@@ -33,7 +33,7 @@ def load(recipe: Recipe) -> tuple[Callable[..., Findings], type]:
 def run(recipe: Recipe, given: Sequence[str], seed: int, progress: Progress) -> tuple[Any, Findings]:
     """The settings with `given` ones (`key=value`) in place, and what the lab found with them."""
     function, kind = load(recipe)
-    settings = typed(kind, _values(given), recipe.name, "lab")
+    settings = typed(kind, given_values(given), recipe.name, "lab")
     found = function(settings, seed, progress)
     if not isinstance(found, Findings):
         other = type(found).__name__
@@ -43,7 +43,12 @@ def run(recipe: Recipe, given: Sequence[str], seed: int, progress: Progress) -> 
     return settings, found
 
 
-def _values(given: Sequence[str]) -> dict[str, Any]:
+def given_values(given: Sequence[str]) -> dict[str, Any]:
+    """What `--set key=value` says.
+
+    Raises:
+        CompositionError: it adds or removes a key, or gives one twice.
+    """
     found: dict[str, Any] = {}
     for text in given:
         item = parse(text)
