@@ -253,8 +253,9 @@ def _local_ray(config: DictConfig, signals: Signals) -> Iterator[dict[int, str]]
         with node.announced():
             from verl_plugins.cpu import preload
 
-            for module in preload.MODULES + preload.OF_ROLLOUT.get(config.actor_rollout_ref.rollout.name, ()):
-                importlib.import_module(module)
+            with preload.unused_ids():
+                for module in preload.MODULES + preload.OF_ROLLOUT.get(config.actor_rollout_ref.rollout.name, ()):
+                    importlib.import_module(module)
         node.check()
         options = {"address": node.address, "num_cpus": None, "num_gpus": None, "include_dashboard": None}
         with preload.Preload(folder) as workers, _ray(config, options, workers.py_executable):

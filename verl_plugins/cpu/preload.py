@@ -5,6 +5,10 @@ and forks a server; Ray starts its workers through a small client (the documente
 environment), which asks the server to fork a worker and then lives as long as it does. Only for one machine, and only
 for a driver that has neither started threads nor connected to Ray yet, and that was told before it imported Ray which
 job and node its workers belong to (`head.Head.announced`).
+
+Ray names objects by random numbers of a generator that a fork copies once it was used, and that nothing seeds anew:
+two processes would give different objects one name, and a third would read the wrong one. So nothing may draw from it
+before the fork (`unused_ids`), which is looked at there.
 """
 
 from __future__ import annotations
@@ -20,11 +24,16 @@ import signal
 import socket
 import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
+import ray.actor
 import torch
-from ray._raylet import Config
+from ray._raylet import ActorClassID, Config, NodeID
+
+from verl_plugins.errors import RunError
 
 CLIENT = Path(__file__).with_name("preload_client.py")
 MODULES = (
@@ -45,6 +54,39 @@ OF_ROLLOUT = {"vllm": ("verl.workers.rollout.vllm_rollout.vllm_async_server",)}
 PR_SET_PDEATHSIG = 1
 
 
+class _OwnId(ActorClassID):
+    """What Ray gives each class of actors as it is defined, from the system's random numbers."""
+
+    @classmethod
+    def from_random(cls) -> ActorClassID:
+        return ActorClassID(os.urandom(ActorClassID.size()))
+
+
+@contextlib.contextmanager
+def unused_ids() -> Iterator[None]:
+    """While modules that define actors are imported: Ray's generator of names stays unused."""
+    with patch.object(ray.actor, "ActorClassID", _OwnId):
+        yield
+
+
+def shares_ids() -> bool:
+    """Whether two processes forked from this one would give the same names."""
+    return _name_in_a_fork() == _name_in_a_fork()
+
+
+def _name_in_a_fork() -> bytes:
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(writing, NodeID.from_random().binary())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as file:
+        name = file.read()
+    os.waitpid(pid, 0)
+    return name
+
+
 class Preload:
     """The forking server of one run; a context manager in the driver."""
 
@@ -58,6 +100,16 @@ class Preload:
         return f"{sys.executable} -I -S {CLIENT} {self._address}"
 
     def __enter__(self) -> Preload:
+        """Fork it.
+
+        Raises:
+            RunError: what was imported has drawn names from Ray.
+        """
+        if shares_ids():
+            raise RunError(
+                "a module that this run imports has drawn random names from Ray, so that its workers would give "
+                "different objects one name; leave out what makes actors, tasks or objects of Ray as it is imported"
+            )
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(self._address)
         listener.listen(64)
